@@ -1,0 +1,1 @@
+"""Measuring: texts and perplexity."""

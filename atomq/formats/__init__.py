@@ -1,0 +1,1 @@
+"""Files: the checkpoint, its manifest, the calibration artefact."""

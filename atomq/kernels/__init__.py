@@ -1,0 +1,1 @@
+"""CUDA kernels: loading, checked fronts, torch twins."""

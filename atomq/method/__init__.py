@@ -1,0 +1,1 @@
+"""The method: statistics, order of channels, GPTQ. Pure functions over tensors."""

@@ -1,0 +1,1 @@
+"""Models in: families, sources, GGUF, running block by block."""

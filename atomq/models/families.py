@@ -1,0 +1,85 @@
+"""Model families as data: which linears read the same activation, and where its order is absorbed.
+
+One table entry per family; adding a family is a new entry and a tiny-model test, never a subclass.
+The table follows section 4.1 of Atom (arXiv 2310.19102): q/k/v share one input order, gate/up share one,
+and the order of down_proj's input is absorbed by the rows of gate_proj and up_proj.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from atomq.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """Linears of one block that read the same activation; they share one `perm` and one Hessian.
+
+    Attributes:
+        linears: names relative to the block, in the order of computation. The first one owns the
+            group's tensors on disk.
+        absorbed_by: linears of the same block whose output rows are stored in this group's order, so
+            that the activation arrives reordered; empty if the order is gathered at run time.
+    """
+
+    linears: tuple[str, ...]
+    absorbed_by: tuple[str, ...] = ()
+
+    @property
+    def owner(self) -> str:
+        return self.linears[0]
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """Where atomq finds things in a model of one family (dotted paths from the model's root).
+
+    Attributes:
+        model_type: `model_type` of config.json.
+        groups: the linear groups of a block, in the order of computation.
+        key: the module whose output is K before RoPE (after the k norm, if the family has one).
+        value: the module whose output is V.
+    """
+
+    model_type: str
+    groups: tuple[LinearGroup, ...]
+    key: str = "self_attn.k_proj"
+    value: str = "self_attn.v_proj"
+    blocks: str = "model.layers"
+    final_norm: str = "model.norm"
+    embeddings: str = "model.embed_tokens"
+    lm_head: str = "lm_head"
+
+
+_LLAMA_GROUPS = (
+    LinearGroup(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    LinearGroup(("self_attn.o_proj",)),
+    LinearGroup(("mlp.gate_proj", "mlp.up_proj")),
+    LinearGroup(("mlp.down_proj",), absorbed_by=("mlp.gate_proj", "mlp.up_proj")),
+)
+
+FAMILIES: dict[str, ModelFamily] = {
+    family.model_type: family
+    for family in (
+        ModelFamily("llama", _LLAMA_GROUPS),
+        ModelFamily("mistral", _LLAMA_GROUPS),
+        ModelFamily("qwen2", _LLAMA_GROUPS),
+        ModelFamily("qwen3", _LLAMA_GROUPS, key="self_attn.k_norm"),
+    )
+}
+
+
+def find_family(model_type: str) -> ModelFamily:
+    """Return the table entry of `model_type`.
+
+    Raises:
+        UnsupportedModelError: the family is not in the table; the message lists those that are.
+    """
+    try:
+        return FAMILIES[model_type]
+    except KeyError:
+        known = ", ".join(sorted(FAMILIES))
+        raise UnsupportedModelError(
+            f"model_type {model_type!r} is not a family that atomq knows; it knows {known}"
+        ) from None

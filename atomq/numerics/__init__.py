@@ -1,0 +1,1 @@
+"""Numbers: quantizers, code books, packing, transforms, and the quantized linear."""
