@@ -20,6 +20,8 @@ import torch
 
 from atomq.errors import UnsupportedModelError
 
+_MAGIC = b"GGUF"
+
 # Metadata value types of the GGUF specification: struct codes of the scalars, then the two others.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -127,7 +129,8 @@ def read_gguf(path: Path) -> GgufFile:
         raise UnsupportedModelError(f"{path.name} is not a GGUF file: it has less than 24 bytes")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         cursor = _Cursor(data, path.name)
-        if data[: cursor.take(4) + 4] != b"GGUF":
+        cursor.take(len(_MAGIC))
+        if data[: len(_MAGIC)] != _MAGIC:
             raise UnsupportedModelError(f"{path.name} is not a GGUF file: it begins with {data[:4]!r}")
         version, n_tensors, n_keys = cursor.number("I"), cursor.number("Q"), cursor.number("Q")
         if version not in (2, 3):

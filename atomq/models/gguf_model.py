@@ -35,7 +35,6 @@ _BLOCK_MODULES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_TORCH_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ROPE_FACTORS = "rope_freqs.weight"  # Llama 3.1's scaling of RoPE: a divisor for each frequency
 
 
@@ -107,9 +106,7 @@ def gguf_tensors(file: GgufFile, config: PreTrainedConfig) -> dict[str, StoredTe
         else:
             our_name = name
         n_heads = heads.get(block_module) if file.architecture == "llama" else None
-        stored[our_name] = StoredTensor(
-            tensor.shape, _TORCH_TYPES.get(tensor.type.name), partial(_read, file, name, n_heads)
-        )
+        stored[our_name] = StoredTensor(tensor.shape, None, partial(_read, file, name, n_heads))
     return stored
 
 

@@ -69,7 +69,7 @@ def load_float_model(source: ModelSource, storage_dtype: torch.dtype | None = No
 
     Args:
         storage_dtype: float16, bfloat16 or float32; None takes the dtype of the source's embeddings, and
-            float16 for GGUF, which stores blocks.
+            float16 for GGUF.
 
     Returns:
         A model whose `config.dtype` is the storage dtype and whose config names no path and no
@@ -92,14 +92,11 @@ def load_float_model(source: ModelSource, storage_dtype: torch.dtype | None = No
     expected = {name: tuple(parameter.shape) for name, parameter in empty.named_parameters()}
     tied_head = stored.pop(f"{family.lm_head}.weight", None) if config.tie_word_embeddings else None
     _check_names_and_shapes(stored, expected, source)
-    if storage_dtype is None:
-        embeddings = stored[f"{family.embeddings}.weight"]
-        storage_dtype = torch.float16 if source.kind == "gguf" else embeddings.dtype
+    embeddings = stored[f"{family.embeddings}.weight"]
+    storage_dtype = storage_dtype or embeddings.dtype or torch.float16
     if storage_dtype not in STORAGE_DTYPES:
         raise ConfigError(f"storage dtype {storage_dtype} is none of {STORAGE_DTYPES}")
-    if tied_head is not None and not torch.equal(
-        tied_head.read(), stored[f"{family.embeddings}.weight"].read()
-    ):
+    if tied_head is not None and not torch.equal(tied_head.read(), embeddings.read()):
         raise UnsupportedModelError(
             f"{source.name}: {family.lm_head}.weight differs from the embeddings, but config.json ties them "
             f"(tie_word_embeddings); correct config.json"

@@ -32,8 +32,9 @@ class StoredTensor:
 
     Attributes:
         shape: as torch has it, slowest dimension first.
-        dtype: what the file stores; None if it stores quantized blocks (GGUF).
-        read: returns the tensor on the CPU in memory of its own, in `dtype` (float32 if that is None).
+        dtype: the dtype that the file stores and `read` returns; None for GGUF, which stores blocks as
+            well and is read as float32.
+        read: reads the tensor into memory of its own, on the CPU.
     """
 
     shape: tuple[int, ...]

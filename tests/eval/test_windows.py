@@ -9,7 +9,7 @@ import struct
 
 import pytest
 import torch
-from conftest import byte_tokenizer
+from tiny_models import byte_tokenizer
 
 from atomq.errors import CalibrationDataError, ConfigError
 from atomq.eval import windows

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_MODELS, make_tiny_model, save_tiny_model
 from safetensors.torch import load_file, save_file
+from tiny_models import TINY_MODELS, make_tiny_model, save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from atomq.errors import ConfigError, StorageError, UnsupportedModelError

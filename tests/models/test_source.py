@@ -9,8 +9,8 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from conftest import save_tiny_model
 from huggingface_hub.errors import LocalEntryNotFoundError
+from tiny_models import save_tiny_model
 
 from atomq.errors import UnsupportedModelError
 from atomq.models import source as source_module
