@@ -133,6 +133,11 @@ def launch(
         kernel(grid, block, tuple(map(_as_parameter, arguments)), shared_mem=shared_bytes)
 
 
+def shared_memory_limit(device: torch.device) -> int:
+    """Bytes of shared memory that a CTA can have on `device` if it asks for them."""
+    return int(_cupy().cuda.Device(device.index).attributes["MaxSharedMemoryPerBlockOptin"])
+
+
 def _as_parameter(argument: Argument) -> np.generic | np.ndarray[Any, Any]:
     match argument:
         case None:

@@ -133,9 +133,13 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         if whole:
             json.loads((source.path / "tokenizer.json").read_text(encoding="utf-8"))
         loader = PreTrainedTokenizerFast if whole else AutoTokenizer
-        tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(source.path, local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(
+            source.path, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise UnsupportedModelError(f"{source.name}: the tokenizer cannot be read: {error}") from error
+        raise UnsupportedModelError(
+            f"{source.name}: the tokenizer cannot be read: {_one_line(error)}"
+        ) from error
     return tokenizer
 
 
@@ -171,9 +175,11 @@ def _load_config(source: ModelSource) -> PreTrainedConfig:
         if source.kind == "gguf":
             return gguf_config(read_gguf(source.path))
         find_family(read_config(source)["model_type"])
-        config: PreTrainedConfig = AutoConfig.from_pretrained(source.path, local_files_only=True)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            source.path, local_files_only=True, trust_remote_code=False
+        )
     except _CONFIG_ERRORS as error:
-        raise UnsupportedModelError(f"{source.name}: the config is unusable: {error}") from error
+        raise UnsupportedModelError(f"{source.name}: the config is unusable: {_one_line(error)}") from error
     return config
 
 
@@ -185,7 +191,9 @@ def _empty_model(config: PreTrainedConfig, source: ModelSource) -> PreTrainedMod
                 config, attn_implementation="sdpa"
             )
     except (*_CONFIG_ERRORS, RuntimeError, AssertionError) as error:
-        raise UnsupportedModelError(f"{source.name}: the config makes no model: {error}") from error
+        raise UnsupportedModelError(
+            f"{source.name}: the config makes no model: {_one_line(error)}"
+        ) from error
     return model
 
 
@@ -254,9 +262,14 @@ def _filled_model(
 
 def _generation_config(source: ModelSource, config: PreTrainedConfig) -> GenerationConfig:
     """The source's generation_config.json, or what its config or GGUF metadata says."""
-    if source.kind == "directory" and (source.path / "generation_config.json").is_file():
+    if source.kind == "gguf" or not (source.path / "generation_config.json").is_file():
+        return GenerationConfig.from_model_config(config)
+    try:
         return GenerationConfig.from_pretrained(source.path, local_files_only=True)
-    return GenerationConfig.from_model_config(config)
+    except _CONFIG_ERRORS as error:
+        raise UnsupportedModelError(
+            f"{source.name}: generation_config.json is unusable: {_one_line(error)}"
+        ) from error
 
 
 def _copy_without_paths(file: Path, target: Path) -> None:
@@ -284,3 +297,8 @@ def _is_path(value: object) -> bool:
         or PureWindowsPath(value).is_absolute()
         or value.startswith((".", "~"))
     )
+
+
+def _one_line(error: BaseException) -> str:
+    """The message of an error of another library, which may run over many lines."""
+    return " ".join(str(error).split())

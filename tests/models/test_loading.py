@@ -122,6 +122,12 @@ def test_the_generation_config_is_kept(folder):
     assert generation_config.temperature == 0.3
 
 
+def test_a_broken_generation_config_is_refused(folder):
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(UnsupportedModelError, match=r"generation_config\.json is unusable"):
+        load_float_model(source_of(folder))
+
+
 def test_a_family_that_is_not_known_is_refused_before_anything_else(folder):
     change_config(folder, model_type="gpt_oss", hidden_size="many")
     with pytest.raises(
@@ -149,8 +155,9 @@ def test_a_family_that_is_not_known_is_refused_before_anything_else(folder):
 )
 def test_a_config_that_does_not_fit_is_refused(folder, changes, words):
     change_config(folder, **changes)
-    with pytest.raises(UnsupportedModelError, match=words):
+    with pytest.raises(UnsupportedModelError, match=words) as refusal:
         load_float_model(source_of(folder))
+    assert "\n" not in str(refusal.value)
 
 
 def test_a_missing_and_an_unknown_tensor_are_named(folder):
