@@ -42,6 +42,10 @@ from atomq.numerics.channels import ChannelStatistics
 OnProgress = Callable[[float, int, str], None]
 
 
+def _silently(_done: float, _total: int, _step: str) -> None:
+    """Progress that nobody watches."""
+
+
 @dataclass(frozen=True)
 class CalibrationResult:
     """What `calibrate` found and wrote; `statistics` by the full name of each group's first linear."""
@@ -63,20 +67,21 @@ class QuantizeResult:
     summary: dict[str, Any]
 
 
-def choose_device(device: str) -> torch.device:
+def choose_device(device: str | torch.device) -> torch.device:
     """Resolve "auto", "cpu" or "cuda".
 
     Raises:
         ConfigError: another name, or CUDA where there is none.
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"--device {device} is not one of auto, cpu, cuda")
+    name = str(device)
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device {name} is not one of auto, cpu, cuda")
     available = torch.cuda.is_available()
-    if device == "cuda" and not available:
+    if name == "cuda" and not available:
         raise ConfigError(
             "--device cuda: torch sees no CUDA device here; use --device cpu, or install a CUDA torch"
         )
-    return torch.device("cuda" if available and device != "cpu" else "cpu")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
 def calibrate(
@@ -84,17 +89,16 @@ def calibrate(
     path: Path,
     calibration: CalibrationConfig,
     outliers: OutlierScheme,
-    device: torch.device,
-    on_progress: OnProgress,
+    device: str | torch.device = "auto",
+    on_progress: OnProgress = _silently,
 ) -> CalibrationResult:
-    """Gather channel statistics of the float model on the calibration text and write the artefact to
-    `path`.
-    """
+    """Gather channel statistics of the float model on the calibration text; write the artefact `path`."""
+    place = choose_device(device)
     source = resolve_source(model_name)
     windows = _load_windows(source, calibration)
     model = load_float_model(source)
     check_widths(model, find_family(model.config.model_type), QuantScheme(outliers=outliers))
-    statistics = calibrate_blocks(model, windows.token_ids, device, on_progress)
+    statistics = calibrate_blocks(model, windows.token_ids, place, on_progress)
     scheme = QuantScheme(outliers=outliers)
     orders = group_orders(statistics, scheme)
     key = _calibration_key(source, windows, calibration, scheme)
@@ -107,8 +111,8 @@ def quantize(
     model_name: str,
     out: Path,
     recipe: Recipe,
-    device: torch.device,
-    on_progress: OnProgress,
+    device: str | torch.device = "auto",
+    on_progress: OnProgress = _silently,
     calibration: CalibrationConfig | None = None,
     calibration_file: Path | None = None,
     overwrite: bool = False,
@@ -125,6 +129,7 @@ def quantize(
             stays behind.
     """
     started = time.perf_counter()
+    place = choose_device(device)
     calibration = calibration or CalibrationConfig()
     source = resolve_source(model_name)
     with CheckpointWriter(out, overwrite=overwrite) as writer:
@@ -148,7 +153,7 @@ def quantize(
         report = quantize_blocks(
             model,
             recipe,
-            device,
+            place,
             on_progress,
             None if windows is None else windows.token_ids,
             statistics,
@@ -165,7 +170,7 @@ def quantize(
         card = model_card(source.name, recipe, bits, atomq.__version__)
         write_file(writer.folder / "README.md", card.encode())
         warnings = [*_token_warnings(windows, report, recipe), *report.warnings]
-        writer.write_manifest(_manifest_facts(source, recipe, windows, report, warnings, device))
+        writer.write_manifest(_manifest_facts(source, recipe, windows, report, warnings, place))
         seconds = {"loading": loaded - started, **report.seconds, "total": time.perf_counter() - started}
         summary = {
             "model": source.name,
@@ -179,7 +184,7 @@ def quantize(
             "seconds": seconds,
         }
         write_json(
-            writer.folder / REPORTS / "quantize.json", {**summary, **_host_facts(device), **report.to_dict()}
+            writer.folder / REPORTS / "quantize.json", {**summary, **_host_facts(place), **report.to_dict()}
         )
         writer.publish()
     return QuantizeResult(out, model, report, summary)

@@ -50,7 +50,7 @@ def silence_libraries() -> None:
     """Keep transformers' own progress bars off stderr, where ours are shown."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @contextmanager

@@ -1,0 +1,44 @@
+# The two commands that matter: make demo, make test. Everything happens in VENV; nothing else is touched.
+PYTHON ?= python3
+VENV ?= .venv
+DEMO ?= .demo
+BIN = $(VENV)/bin
+INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: setup demo test test-gpu lint type wheel check clean
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+		|| { echo "atomq needs Python 3.11 to 3.13; set PYTHON=python3.11 or the like"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) torch numpy
+	$(INSTALL) -e '.[dev]'
+	touch $@
+
+setup: $(VENV)/installed
+
+# SmolLM2-135M-Instruct (Apache 2.0), quantized to W4A4KV4 and measured, on two CPU cores.
+demo: setup
+	$(BIN)/python examples/demo.py --folder $(DEMO)
+
+test: setup
+	$(BIN)/python -m pytest -m "not gpu"
+
+# Needs a CUDA device, CuPy, and whatever Python they are installed in.
+test-gpu:
+	$(PYTHON) -m pytest -m gpu
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+type: setup
+	$(BIN)/mypy
+
+wheel: setup
+	$(BIN)/python -m build --wheel --outdir dist
+
+check: lint type test
+
+clean:
+	rm -rf $(VENV) $(DEMO) dist
