@@ -202,7 +202,7 @@ class Recipe:
 class CalibrationConfig:
     """The calibration text: the four options of `calibrate` and `quantize`.
 
-    `n_samples` and `seq_len` None stand for the source's default (docs/calibration.md).
+    `n_samples` and `seq_len` None stand for the source's default (docs/method.md).
     """
 
     data: str = "builtin"
