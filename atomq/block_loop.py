@@ -41,6 +41,7 @@ class LinearReport:
     name: str
     method: str
     damp_frac: float | None
+    damping_raised: bool
     relative_error: float | None
     n_dead: int
 
@@ -122,11 +123,13 @@ def quantize_blocks(
         inputs = capture_block_inputs(model, family, token_ids, device)
     model.set_attn_implementation(attention_for(scheme.kv))
     blocks = blocks_of(model, family)
+    named = model.config.dtype  # what the weights are stored in; a model made in memory may not say
+    storage_dtype = named if isinstance(named, torch.dtype) else torch.float32
     reports: list[LinearReport] = []
     for index, block in enumerate(blocks):
         prefix = f"{family.blocks}.{index}"
         block.to(device)
-        linears = _prepare_block(block, prefix, family, scheme, statistics)
+        linears = _prepare_block(block, prefix, family, scheme, statistics, storage_dtype)
         install_kv_quantizer(block, family, scheme.kv, head_dim_of(model.config))
         hessians: dict[str, HessianAccumulator] = {}
         if inputs is not None:
@@ -138,7 +141,14 @@ def quantize_blocks(
                 on_progress(index + 0.5, len(blocks), f"{prefix}.{group.owner}")
                 solved = _solve(group, linears, hessians.get(group.owner), recipe)
                 reports += [
-                    LinearReport(f"{prefix}.{name}", s.method, s.damp_frac, s.relative_error, s.n_dead)
+                    LinearReport(
+                        f"{prefix}.{name}",
+                        s.method,
+                        s.damp_frac,
+                        s.damping_raised,
+                        s.relative_error,
+                        s.n_dead,
+                    )
                     for name, s in zip(group.linears, solved, strict=True)
                 ]
             clock.lap("solving")
@@ -185,8 +195,12 @@ def _prepare_block(
     family: ModelFamily,
     scheme: QuantScheme,
     statistics: dict[str, ChannelStatistics] | None,
+    storage_dtype: torch.dtype,
 ) -> dict[str, QuantizedLinear]:
-    """Put quantized linears with float weights, permuted and transformed, into `block`."""
+    """Put quantized linears with float weights, permuted and transformed, into `block`.
+
+    Weights that stay in floating point are rounded to `storage_dtype` as they will be stored.
+    """
     if not scheme.quantizes_linears:
         return {}
     floats: dict[str, Any] = {name: block.get_submodule(name) for g in family.groups for name in g.linears}
@@ -208,7 +222,8 @@ def _prepare_block(
                     bias.data = reordered
     for name, linear in linears.items():
         weight = weights[name]
-        linear.set_float_weight(transform_input(weight, scheme) if scheme.transform != "none" else weight)
+        weight = transform_input(weight, scheme) if scheme.transform != "none" else weight
+        linear.set_float_weight(weight.to(storage_dtype) if scheme.weights.n_bits == FLOAT_BITS else weight)
     return linears
 
 
@@ -280,7 +295,7 @@ def _warnings(reports: list[LinearReport], recipe: Recipe) -> tuple[str, ...]:
             f"{len(rounded)} of {len(reports)} linears were rounded to nearest: with so few calibration "
             f"tokens that did better on held-out tokens than GPTQ"
         )
-    damped = [r for r in reports if r.damp_frac is not None and r.damp_frac > recipe.solver.damp_frac]
+    damped = [r for r in reports if r.damping_raised]
     if damped:
         worst = max(damped, key=lambda r: r.damp_frac or 0)
         warnings.append(

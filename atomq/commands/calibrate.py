@@ -42,15 +42,20 @@ def command(
     n_samples: SamplesOption = None,
     seq_len: SeqLenOption = None,
     seed: SeedOption = 0,
-    overwrite: Annotated[bool, typer.Option(help="Replace existing files.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     device: DeviceOption = "auto",
     json_output: JsonOption = False,
 ) -> None:
     outliers = OutlierScheme(n_outliers, "int8", metric, reorder=True)  # type: ignore[arg-type] # it checks
     config = CalibrationConfig(calib_data, n_samples, seq_len, seed)
+    for path in (output, *([] if plot is None else [plot])):
+        if path.is_dir() or not path.name:
+            raise ConfigError(f"{path} is a folder; name a file")
     picture = plot or output.with_suffix(".png")
     if picture.suffix not in (".png", ".svg"):
         raise ConfigError(f"--plot {picture.name} must end in .png or .svg")
+    if picture == output:
+        raise ConfigError(f"{output} cannot be both the artefact and the picture; name another --output")
     for path in (output, picture):
         if path.exists() and not overwrite:
             raise ConfigError(f"{path} exists; name another file or add --overwrite")
@@ -74,7 +79,7 @@ def command(
     console.print_table(
         title, ["input of", *(f"#{i + 1}" for i in range(N_STRONGEST)), "outliers hold"], rows
     )
-    console.out.print(f"wrote {output} and {picture}", highlight=False, soft_wrap=True)
+    console.print_line(f"wrote {output} and {picture}")
 
 
 def strongest(result: CalibrationResult, metric: str, n_outliers: int) -> list[tuple[str, list[str]]]:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -24,17 +25,22 @@ def print_json(value: dict[str, Any]) -> None:
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A table for people on stdout; the first column is text, the others are figures."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=escape(title), title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     out.print(table)
+
+
+def print_line(text: str) -> None:
+    """A line for people on stdout, exactly as it is."""
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def warn(sentences: list[str]) -> None:
     for sentence in sentences:
-        err.print(f"[yellow]warning:[/] {sentence}", highlight=False, soft_wrap=True)
+        err.print(f"[yellow]warning:[/] {escape(sentence)}", highlight=False, soft_wrap=True)
 
 
 def human_bytes(n_bytes: float) -> str:
@@ -78,7 +84,8 @@ def progress(title: str) -> Iterator[OnProgress]:
         nonlocal last
         tenth = int(10 * done / total)
         if tenth != last[1]:
-            err.print(f"{title}: {100 * done / total:3.0f}% {step}", highlight=False, soft_wrap=True)
+            line = f"{title}: {100 * done / total:3.0f}% {step}"
+            err.print(line, markup=False, highlight=False, soft_wrap=True)
         last = (step, tenth)
 
     yield plain

@@ -18,7 +18,7 @@ def command(
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="At most this many tokens.")] = 64,
     chat: Annotated[
-        bool, typer.Option(help="Take the prompt as a user's turn in the chat template.")
+        bool, typer.Option("--chat", help="Take the prompt as a user's turn in the chat template.")
     ] = False,
     temperature: Annotated[float, typer.Option(help="0 = greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
@@ -36,8 +36,8 @@ def command(
 
     console.silence_libraries()
     place = choose_device(device)
-    tokenizer = hf.load_checkpoint_tokenizer(checkpoint)
     model = hf.load(checkpoint, device=str(place), dtype=dtype, check_hashes=not no_check)
+    tokenizer = hf.load_checkpoint_tokenizer(checkpoint)
     if chat and not tokenizer.chat_template:
         raise ConfigError(f"{checkpoint.name} has no chat template; leave --chat away")
     inputs: Any
@@ -60,4 +60,4 @@ def command(
     if json_output:
         console.print_json({"prompt": prompt, "text": text, "n_new_tokens": len(ids) - n_prompt})
     else:
-        console.out.print(text if chat else prompt + text, markup=False, highlight=False, soft_wrap=True)
+        console.print_line(text if chat else prompt + text)

@@ -50,7 +50,9 @@ def command(
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Any other setting; --show-recipe lists them all."),
     ] = None,
-    show_recipe: Annotated[bool, typer.Option(help="Print the recipe as JSON and stop.")] = False,
+    show_recipe: Annotated[
+        bool, typer.Option("--show-recipe", help="Print the recipe as JSON and stop.")
+    ] = False,
     calibration: Annotated[
         Path | None,
         typer.Option(help="Statistics made by atomq calibrate.", rich_help_panel="Calibration"),
@@ -59,7 +61,7 @@ def command(
     n_samples: SamplesOption = None,
     seq_len: SeqLenOption = None,
     seed: SeedOption = 0,
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
     device: DeviceOption = "auto",
     json_output: JsonOption = False,
 ) -> None:
@@ -123,6 +125,4 @@ def _print_summary(result: QuantizeResult) -> None:
         ["time", f"{seconds['total']:.1f} s"],
     ]
     console.print_table(f"{summary['model']} quantized", ["", ""], rows)
-    console.out.print(
-        f"Measure it: atomq eval-ppl {result.path} --baseline MODEL", highlight=False, soft_wrap=True
-    )
+    console.print_line(f"Measure it: atomq eval-ppl {result.path} --baseline MODEL")

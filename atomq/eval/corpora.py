@@ -2,7 +2,8 @@
 
 The named data sets are those of Atom's evaluation (arXiv 2310.19102, section 5, and its published code):
 WikiText-2, Penn Treebank and C4, each with the split, the column and the joining that the published numbers
-use. Nothing is tokenized here. `datasets` is imported in this module only, and only for a named data set.
+use. The built-in text has two parts that share nothing, one for calibration and one held out for evaluation.
+Nothing is tokenized here. `datasets` is imported in this module only, and only for a named data set.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from atomq.errors import CalibrationDataError
 Split = Literal["calibration", "evaluation"]
 
 DOCUMENT_JOINER = "\n\n"  # between rows, documents and built-in texts, as GPTQ and Atom join them
+
+_BUILTIN_PATTERNS: dict[Split, str] = {"calibration": "*.txt", "evaluation": "held_out/*.txt"}
 
 _WIKITEXT_LAYOUT = "WikiText rows"
 _WIKITEXT_TITLE = re.compile(r" = [^=]+ = \n")
@@ -103,13 +106,14 @@ def load_corpus(data: str, split: Split) -> Corpus:
     Args:
         data: one of `corpus_names(split)`, otherwise the path of a .txt, .jsonl or .parquet file in UTF-8.
             A raw WikiText file is recognised by its form and joined as the hub's data set is.
-        split: what the text is for; it picks the split of a named data set and is ignored for others.
+        split: what the text is for; it picks the split of a named data set and the part of the built-in
+            text, and is ignored for files.
 
     Raises:
         CalibrationDataError: unknown name, missing, unreadable or empty file, unreachable data set.
     """
     if data == "builtin":
-        name, documents, layout = data, _read_builtin(), "built-in texts"
+        name, documents, layout = data, _read_builtin(split), "built-in texts"
     elif data in _HUB_SOURCES[split]:
         source = _HUB_SOURCES[split][data]
         name, documents, layout = data, _fetch(data, source), source.layout
@@ -130,12 +134,22 @@ def _sha256(documents: tuple[str, ...]) -> str:
     return digest.hexdigest()
 
 
-def _read_builtin() -> tuple[str, ...]:
+def _read_builtin(split: Split) -> tuple[str, ...]:
+    """Join the built-in files of a split, in order of their names, each without its final newline.
+
+    Those for calibration lie in the data folder itself, those for evaluation in its subfolder "held_out".
+    """
     try:
-        paths = sorted(resources.folder("calibration_data").glob("*.txt"))
+        folder = resources.folder("calibration_data")
     except FileNotFoundError as error:
         raise CalibrationDataError(f"{error}; reinstall atomq, or give a text file") from error
-    return (DOCUMENT_JOINER.join(_decode(path) for path in paths),)
+    pattern = _BUILTIN_PATTERNS[split]
+    paths = sorted(folder.glob(pattern))
+    if not paths:
+        raise CalibrationDataError(
+            f"atomq's folder 'calibration_data' has no {pattern}; reinstall atomq, or give a text file"
+        )
+    return (DOCUMENT_JOINER.join(_decode(path).removesuffix("\n") for path in paths),)
 
 
 def _fetch(name: str, source: _HubSource) -> tuple[str, ...]:

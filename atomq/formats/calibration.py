@@ -101,8 +101,12 @@ def read_calibration(path: Path, key: CalibrationKey) -> dict[str, ChannelStatis
 def _parse(path: Path, text: str | None) -> dict[str, Any]:
     try:
         content = json.loads(text or "")
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
-    if not isinstance(content, dict) or content.get("version") != _VERSION or "key" not in content:
+    if (
+        not isinstance(content, dict)
+        or content.get("version") != _VERSION
+        or not isinstance(content.get("key"), dict)
+    ):
         raise CheckpointError(f"{path.name} is not a calibration artefact of this version of atomq")
     return content

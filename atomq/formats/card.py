@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from atomq.config import FLOAT_BITS, QuantScheme, Recipe
+import json
+
+from atomq.config import FLOAT_BITS, ActivationScheme, QuantScheme, Recipe, WeightScheme
 
 
 def scheme_name(scheme: QuantScheme) -> str:
@@ -17,7 +19,7 @@ def model_card(source_name: str, recipe: Recipe, bits: dict[str, float], version
     outliers = scheme.outliers
     kept = f"{outliers.n_outliers} in {outliers.precision}" if outliers.n_outliers else "none"
     return f"""---
-base_model: {source_name}
+base_model: {json.dumps(source_name)}
 library_name: transformers
 tags: [atomq, quantized, int4]
 ---
@@ -25,10 +27,8 @@ tags: [atomq, quantized, int4]
 
 | | |
 | --- | --- |
-| weights | {scheme.weights.n_bits} bits ({scheme.weights.number_format}), groups of
-{_size(scheme.weights.group_size)}, {bits["weight"]:.3f} effective bits |
-| activations | {scheme.activations.n_bits} bits, groups of {_size(scheme.activations.group_size)},
-{bits["activation"]:.3f} effective bits |
+| weights | {_coding(scheme.weights)}, {bits["weight"]:.3f} effective bits |
+| activations | {_coding(scheme.activations)}, {bits["activation"]:.3f} effective bits |
 | KV cache | {scheme.kv.n_bits} bits, {bits["kv"]:.3f} effective bits |
 | outlier channels per input | {kept} |
 | solver | {solver.method} |
@@ -56,5 +56,9 @@ The licence of the weights is that of the base model.
 """
 
 
-def _size(group_size: int | None) -> str:
-    return "a whole row" if group_size is None else str(group_size)
+def _coding(scheme: WeightScheme | ActivationScheme) -> str:
+    """Such as "4 bits (int), groups of 128"."""
+    if scheme.n_bits == FLOAT_BITS:
+        return "floating point"
+    size = "a whole row" if scheme.group_size is None else str(scheme.group_size)
+    return f"{scheme.n_bits} bits ({scheme.number_format}), groups of {size}"

@@ -7,6 +7,7 @@ versions.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -19,13 +20,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from atomq.errors import CheckpointError, ConfigError, StorageError
-from atomq.formats.files import file_sha256, write_file, write_json
+from atomq.formats.files import file_sha256, missing_folders, remove_empty, write_file, write_json
 from atomq.formats.schema import FORMAT_VERSION, QUANT_METHOD
 from atomq.numerics.linear import TensorSpec
 
 MANIFEST = "manifest.json"
 INDEX = "model.safetensors.index.json"
+SINGLE_SHARD = "model.safetensors"
 REPORTS = "reports"
+MAX_JSON_BYTES = 1 << 26  # far more than any checkpoint's; nothing longer is read
+LOADED_ENDINGS = (".safetensors", ".json", ".jinja")  # files that change what a loader makes
 
 _DTYPES = {
     "U8": torch.uint8,
@@ -38,6 +42,13 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_MANIFEST_FACTS: dict[str, tuple[type, ...]] = {
+    "source": (dict,),
+    "recipe": (dict,),
+    "calibration": (dict, type(None)),
+    "versions": (dict,),
+    "warnings": (list,),
+}
 
 
 class CheckpointWriter:
@@ -52,8 +63,9 @@ class CheckpointWriter:
 
     def __init__(self, out: Path, *, overwrite: bool) -> None:
         _refuse_existing(out, overwrite)
-        self.out = out
-        self.folder = out.parent / f".{out.name}.partial"
+        self.out = out.resolve() if out.is_symlink() else out
+        self.folder = self.out.parent / f".{self.out.name}.partial"
+        self._new_folders = missing_folders(self.out.parent)
         self.n_shards = 1  # known once the model is; part of every shard's name
         self.total_size = 0
         self._weight_map: dict[str, str] = {}
@@ -64,6 +76,7 @@ class CheckpointWriter:
                 shutil.rmtree(self.folder)
             self.folder.mkdir(parents=True)
         except OSError as error:
+            remove_empty(self._new_folders)
             raise StorageError(f"cannot write {self.folder}: {error.strerror or error}") from error
         return self
 
@@ -72,6 +85,8 @@ class CheckpointWriter:
     ) -> None:
         if self.folder.exists():
             shutil.rmtree(self.folder, ignore_errors=True)
+        if not self.out.exists():
+            remove_empty(self._new_folders)
 
     def write_shard(self, number: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write shard `number` (from 1) whole."""
@@ -103,12 +118,15 @@ class CheckpointWriter:
         previous = self.out.parent / f".{self.out.name}.previous"
         try:
             if self.out.exists():
+                shutil.rmtree(previous, ignore_errors=True)  # of a run that was killed
                 self.out.rename(previous)
             self.folder.rename(self.out)
-        except OSError as error:
+        except BaseException as error:  # Ctrl-C between the two renames, too
             if previous.exists() and not self.out.exists():
                 previous.rename(self.out)
-            raise StorageError(f"cannot rename {self.folder} to {self.out}: {error.strerror}") from error
+            if isinstance(error, OSError):
+                raise StorageError(f"cannot rename {self.folder} to {self.out}: {error.strerror}") from error
+            raise
         shutil.rmtree(previous, ignore_errors=True)
 
 
@@ -117,10 +135,17 @@ def _refuse_existing(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ConfigError(f"{out} exists; name another folder or add --overwrite")
-    if not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).is_file()):
+    if not out.is_dir() or (any(out.iterdir()) and not _has_manifest(out)):
         raise ConfigError(
             f"{out} is not a checkpoint of atomq, so --overwrite does not touch it; remove it yourself"
         )
+
+
+def _has_manifest(folder: Path) -> bool:
+    """Whether `folder` has a manifest of atomq, whatever its version."""
+    with contextlib.suppress(CheckpointError):
+        return _read_json(folder / MANIFEST).get("quant_method") == QUANT_METHOD
+    return False
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -133,14 +158,32 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint folder, checked as far as its form goes."""
+    """The manifest of a checkpoint folder, checked as far as its form goes.
+
+    Raises:
+        CheckpointError: it is missing, not a manifest of atomq, or of another version.
+    """
     manifest = _read_json(folder / MANIFEST)
+    if manifest.get("quant_method") != QUANT_METHOD:
+        raise CheckpointError(f"{MANIFEST} of {folder.name} is not a manifest of atomq")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{MANIFEST} of {folder.name} has format_version {manifest.get('format_version')!r}; "
+            f"this atomq reads {FORMAT_VERSION}: update atomq, or quantize the model again"
+        )
     files = manifest.get("files")
     if not isinstance(files, dict) or not all(
         isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry) and _is_plain(name)
         for name, entry in files.items()
     ):
-        raise CheckpointError(f"{MANIFEST} of {folder.name} is not a manifest of atomq")
+        raise CheckpointError(f"{MANIFEST} of {folder.name} lists no files that could be checked")
+    absent = [
+        name
+        for name, kinds in _MANIFEST_FACTS.items()
+        if not isinstance(manifest.get(name), kinds) or name not in manifest
+    ]
+    if absent:
+        raise CheckpointError(f"{MANIFEST} of {folder.name} does not say {', '.join(absent)}")
     return manifest
 
 
@@ -148,10 +191,15 @@ def check_files(folder: Path, *, hashes: bool) -> int:
     """Compare every listed file with the manifest: size always, SHA-256 if `hashes`. Answer their number.
 
     Raises:
-        CheckpointError: naming every file that is missing, of another size, or altered.
+        CheckpointError: naming every file that is missing, of another size, or altered, and every file that
+            a loader would read although it is not listed.
     """
     files = read_manifest(folder)["files"]
-    wrong = []
+    wrong = [
+        f"{path.name} is not listed"
+        for path in sorted(folder.iterdir())
+        if path.suffix in LOADED_ENDINGS and path.name not in files and path.name != MANIFEST
+    ]
     for name, entry in files.items():
         path = folder / name
         if not path.is_file():
@@ -166,11 +214,16 @@ def check_files(folder: Path, *, hashes: bool) -> int:
 
 
 def weight_map(folder: Path) -> dict[str, str]:
-    """Tensor name -> shard file name, from the index.
+    """Tensor name -> shard file name, from the index, or of the one file that `save_pretrained` may write.
+
+    As in transformers, model.safetensors goes before an index.
 
     Raises:
         CheckpointError: the index is missing or names a file outside the folder.
     """
+    if (folder / SINGLE_SHARD).is_file():
+        with open_shard(folder / SINGLE_SHARD) as file:
+            return dict.fromkeys(file.keys(), SINGLE_SHARD)
     mapping = _read_json(folder / INDEX).get("weight_map")
     if not isinstance(mapping, dict) or not all(_is_plain(name) for name in mapping.values()):
         raise CheckpointError(f"{INDEX} of {folder.name} has no usable weight_map")
@@ -244,12 +297,14 @@ def open_shard(path: Path) -> Any:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"it has {path.stat().st_size} bytes, more than any checkpoint needs")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
             f"{path.parent.name} has no {path.name}; it is not a whole checkpoint"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name} of {path.parent.name} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path.name} of {path.parent.name} must hold a JSON object")

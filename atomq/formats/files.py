@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,9 +16,11 @@ def write_file(path: Path, content: bytes) -> None:
     """Write `content` to a temporary name beside `path`, flush it to the disk, and rename it.
 
     Raises:
-        StorageError: disk full, no permission or another I/O error; no partial file stays behind.
+        StorageError: disk full, no permission or another I/O error; no partial file and no new folder stays
+            behind.
     """
     temporary = path.with_name(path.name + ".tmp")
+    new_folders = missing_folders(path.parent)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -25,9 +28,25 @@ def write_file(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+    except BaseException as error:  # Ctrl-C too
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        remove_empty(new_folders)
+        if isinstance(error, OSError):
+            raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+        raise
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """`folder` and its parents as far as they do not exist, the innermost first."""
+    return [place for place in (folder, *folder.parents) if not place.exists()]
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove the folders of `missing_folders` again; one that holds something by now stays."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def write_json(path: Path, value: Any) -> None:

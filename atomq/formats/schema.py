@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -12,6 +12,7 @@ from atomq.config import QuantScheme, from_dict, to_dict
 from atomq.errors import CheckpointError, ConfigError
 from atomq.models.families import LinearGroup, LinearShape, ModelFamily
 from atomq.numerics.linear import TensorSpec, linear_specs
+from atomq.numerics.scales import MAX_FACTOR
 
 QUANT_METHOD = "atomq"
 FORMAT_VERSION = 1
@@ -88,6 +89,27 @@ def linear_tensors(
             specs["perm"] = TensorSpec((torch.int32,), (shape.n_in,))
         tensors |= {f"{name}.{suffix}": spec for suffix, spec in specs.items()}
     return tensors
+
+
+def check_values(name: str, tensors: Mapping[str, torch.Tensor], scheme: QuantScheme) -> None:
+    """Refuse values that no writer makes in the tensors of the linear `name`, given by their last names.
+
+    Raises:
+        CheckpointError: naming the tensor and the rule.
+    """
+    rules: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
+        "scale_factors": ("from 1 to 16", lambda t: (t >= 1) & (t <= MAX_FACTOR)),
+        "zeros": (f"below {2**scheme.weights.n_bits}", lambda t: t <= 2**scheme.weights.n_bits - 1),
+        "perm": ("a permutation", lambda t: t.sort()[0] == torch.arange(len(t), device=t.device)),
+    }
+    positive = ("positive and finite", lambda t: t.isfinite() & (t > 0))
+    rules |= dict.fromkeys(("scales", "scale_base", "outlier_scales"), positive)
+    if scheme.outliers.precision != "int8":
+        rules["outlier_weight"] = ("finite", lambda t: t.float().isfinite())
+    for suffix in tensors.keys() & rules.keys():
+        rule, holds = rules[suffix]
+        if not bool(holds(tensors[suffix]).all()):
+            raise CheckpointError(f"{name}.{suffix} holds values that are not {rule}; the file is broken")
 
 
 def code_bytes(scheme: QuantScheme, shapes: Mapping[str, LinearShape]) -> int:

@@ -49,14 +49,16 @@ def factorize_hessian(hessian: torch.Tensor, damp_frac: float) -> DampedFactor:
     Channels that were never active get a unit diagonal. A failing factorization raises the damping tenfold.
 
     Raises:
-        AtomqError: no damping up to MAX_DAMP_FRAC helps, so the Hessian is not finite.
+        AtomqError: no damping up to MAX_DAMP_FRAC (or `damp_frac`, if larger) helps, so the Hessian is not
+            finite.
     """
     exact = hessian.to(torch.float64, copy=True)
     diagonal = exact.diagonal()
     dead = diagonal == 0
     diagonal[dead] = 1.0
     mean = diagonal.mean()
-    while damp_frac <= MAX_DAMP_FRAC:
+    limit = max(damp_frac, MAX_DAMP_FRAC)  # a larger damping that was asked for is tried as it is
+    while damp_frac <= limit:
         damped = exact.clone()
         damped.diagonal().add_(damp_frac * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)

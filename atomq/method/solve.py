@@ -18,6 +18,7 @@ from atomq.method.hessian import HessianAccumulator, output_error
 from atomq.numerics.weights import QuantizedWeight
 
 SHORT_DAMPINGS = (1.0, 10.0, 100.0)  # multiples of damp_frac that compete when tokens are few
+LEAST_TOKENS = 32  # below this the held-out quarter is too small to judge by, and rounding is taken
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class SolvedLinear:
     Attributes:
         method: "gptq" or "rtn", after the choice described above.
         damp_frac: the damping used, None for rtn.
+        damping_raised: whether the factorization needed more than was asked for.
         relative_error: squared output error over squared output on the calibration tokens, None without
         Hessian. n_dead: input channels that were never active.
     """
@@ -34,6 +36,7 @@ class SolvedLinear:
     weight: QuantizedWeight
     method: str
     damp_frac: float | None
+    damping_raised: bool
     relative_error: float | None
     n_dead: int
 
@@ -43,7 +46,7 @@ def solve_group(
 ) -> list[SolvedLinear]:
     """Quantize the float weights [N_i, K] of linears that share an input. Without a Hessian: rounding."""
     if hessian is None:
-        return [SolvedLinear(rtn_quantize(w, scheme, solver), "rtn", None, None, 0) for w in weights]
+        return [SolvedLinear(rtn_quantize(w, scheme, solver), "rtn", None, False, None, 0) for w in weights]
     damp_frac: float | None = solver.damp_frac
     if hessian.held_out is not None:
         damp_frac = _choose_damping(weights, hessian, scheme, solver)
@@ -51,14 +54,16 @@ def solve_group(
     n_dead = int((total.diagonal() == 0).sum())
     if damp_frac is None:
         solved = [rtn_quantize(w, scheme, solver) for w in weights]
-        used = None
+        used, raised = None, False
     else:
         factor = factorize_hessian(total, damp_frac)
         solved = [gptq_quantize(w, factor, scheme, solver) for w in weights]
-        used = factor.damp_frac
+        used, raised = factor.damp_frac, factor.damp_frac > damp_frac
     method = "rtn" if damp_frac is None else "gptq"
     return [
-        SolvedLinear(quantized, method, used, _relative_error(weight, quantized, total, scheme), n_dead)
+        SolvedLinear(
+            quantized, method, used, raised, _relative_error(weight, quantized, total, scheme), n_dead
+        )
         for weight, quantized in zip(weights, solved, strict=True)
     ]
 
@@ -68,6 +73,8 @@ def _choose_damping(
 ) -> float | None:
     """The damping whose codes do best on the held-out tokens; None if rounding does better than all."""
     assert hessian.held_out is not None
+    if hessian.n_tokens < LEAST_TOKENS:
+        return None
     held_out = hessian.held_out
 
     def loss(candidates: list[QuantizedWeight]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +18,10 @@ TOKENS_PER_BATCH = 8192
 
 @dataclass
 class BlockInputs:
-    """What the next block reads: `hidden` [n_windows, seq_len, hidden] and the arguments all blocks share."""
+    """What the next block reads: `hidden` [n_windows, seq_len, hidden], and each block's other arguments."""
 
     hidden: torch.Tensor
-    arguments: dict[str, Any]
+    arguments: dict[nn.Module, dict[str, Any]]
 
     def run(
         self, block: nn.Module, *, keep_output: bool, on_batch: Callable[[int], None] | None = None
@@ -33,7 +34,7 @@ class BlockInputs:
         with torch.inference_mode():
             for start in range(0, self.hidden.shape[0], step):
                 batch = self.hidden[start : start + step]
-                output = block(batch, **self.arguments)
+                output = block(batch, **self.arguments[block])
                 if keep_output:
                     self.hidden[start : start + step] = output[0] if isinstance(output, tuple) else output
                 if on_batch is not None:
@@ -59,12 +60,12 @@ def linear_shapes(model: PreTrainedModel, family: ModelFamily) -> dict[str, Line
     return shapes
 
 
-class _FirstBlockReached(Exception):
-    """Carries what the first block was called with out of the model's forward pass."""
+class _BlocksPassed(Exception):
+    """Carries the hidden states out of a forward pass whose blocks did nothing but note their arguments."""
 
-    def __init__(self, hidden: torch.Tensor, arguments: dict[str, Any]) -> None:
+    def __init__(self, hidden: torch.Tensor) -> None:
         super().__init__()
-        self.hidden, self.arguments = hidden, arguments
+        self.hidden = hidden
 
 
 def capture_block_inputs(
@@ -72,34 +73,46 @@ def capture_block_inputs(
 ) -> BlockInputs:
     """Inputs of the first block for windows `token_ids` int64 [n_windows, seq_len], on `device`.
 
-    The arguments beside the hidden states (positions, mask) are those of a single window; they hold for a
-    batch of any size, since windows are equally long and unpadded.
+    The arguments beside the hidden states (positions, mask) are each block's own for a single window; they
+    hold for a batch of any size, since windows are equally long and unpadded.
     """
+    blocks = blocks_of(model, family)
+    arguments: dict[nn.Module, dict[str, Any]] = {}
 
-    def stop(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        raise _FirstBlockReached(hidden, kwargs)
+    def pass_through(block: nn.Module, hidden_states: torch.Tensor, **rest: Any) -> torch.Tensor:
+        arguments[block] = rest
+        if block is blocks[-1]:
+            raise _BlocksPassed(hidden_states)
+        return hidden_states
 
-    hook = blocks_of(model, family)[0].register_forward_pre_hook(stop, with_kwargs=True)
-    hidden, arguments = [], {}
+    hidden = []
     try:
+        for block in blocks:
+            block.forward = functools.partial(pass_through, block)
         with torch.inference_mode():
             for window in token_ids:
                 try:
                     model(window.unsqueeze(0).to(model.device), use_cache=False)
-                except _FirstBlockReached as reached:
-                    hidden.append(reached.hidden.to(device))
-                    arguments = reached.arguments
+                except _BlocksPassed as passed:
+                    hidden.append(passed.hidden.to(device))
     finally:
-        hook.remove()
-    return BlockInputs(torch.cat(hidden), _to_device(arguments, device))
+        for block in blocks:
+            block.__dict__.pop("forward", None)  # the class's own shows again
+    moved: dict[int, Any] = {}
+    return BlockInputs(
+        torch.cat(hidden), {block: _to_device(rest, device, moved) for block, rest in arguments.items()}
+    )
 
 
-def _to_device(value: Any, device: torch.device) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, tuple):
-        return tuple(_to_device(item, device) for item in value)
-    if isinstance(value, dict):
-        return {key: _to_device(item, device) for key, item in value.items()}
-    return value
+def _to_device(value: Any, device: torch.device, moved: dict[int, Any]) -> Any:
+    """Nested arguments on `device`; what blocks share stays shared (`moved`, by identity)."""
+    if id(value) not in moved:
+        if isinstance(value, torch.Tensor):
+            moved[id(value)] = value.to(device)
+        elif isinstance(value, tuple):
+            moved[id(value)] = tuple(_to_device(item, device, moved) for item in value)
+        elif isinstance(value, dict):
+            return {key: _to_device(item, device, moved) for key, item in value.items()}
+        else:
+            return value
+    return moved[id(value)]

@@ -80,7 +80,7 @@ def load_float_model(source: ModelSource, storage_dtype: torch.dtype | None = No
             finite or too large for the storage dtype; the message names it.
         ConfigError: the storage dtype is none of the three.
     """
-    config = _load_config(source)
+    config = load_config(source)
     family = find_family(config.model_type)
     stored = _stored_tensors(source, config)
     if config.num_hidden_layers > len(stored):  # a corrupt number could ask for a billion blocks
@@ -88,7 +88,7 @@ def load_float_model(source: ModelSource, storage_dtype: torch.dtype | None = No
             f"{source.name} should have {config.num_hidden_layers} blocks (num_hidden_layers), "
             f"but has only {len(stored)} tensors"
         )
-    empty = _empty_model(config, source)
+    empty = empty_model(config, source)
     expected = {name: tuple(parameter.shape) for name, parameter in empty.named_parameters()}
     tied_head = stored.pop(f"{family.lm_head}.weight", None) if config.tie_word_embeddings else None
     _check_names_and_shapes(stored, expected, source)
@@ -157,7 +157,7 @@ def write_companions(source: ModelSource, folder: Path) -> None:
     try:
         if source.kind == "gguf":
             load_tokenizer(source).save_pretrained(folder)
-            _generation_config(source, _load_config(source)).save_pretrained(folder)
+            _generation_config(source, load_config(source)).save_pretrained(folder)
             return
         for pattern in _COMPANIONS:
             for file in sorted(source.path.glob(pattern)):
@@ -169,7 +169,7 @@ def write_companions(source: ModelSource, folder: Path) -> None:
         raise StorageError(f"the tokenizer's files cannot be written to {folder}: {error}") from error
 
 
-def _load_config(source: ModelSource) -> PreTrainedConfig:
+def load_config(source: ModelSource) -> PreTrainedConfig:
     """The config of a source of a known family, built by transformers."""
     try:
         if source.kind == "gguf":
@@ -183,7 +183,7 @@ def _load_config(source: ModelSource) -> PreTrainedConfig:
     return config
 
 
-def _empty_model(config: PreTrainedConfig, source: ModelSource) -> PreTrainedModel:
+def empty_model(config: PreTrainedConfig, source: ModelSource) -> PreTrainedModel:
     """The model's skeleton on the meta device: names and shapes, no memory."""
     try:
         with torch.device("meta"):

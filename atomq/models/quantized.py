@@ -6,6 +6,7 @@ alike.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,25 +47,36 @@ def install_linears(block: nn.Module, family: ModelFamily, scheme: QuantScheme) 
     return installed
 
 
+class KVQuantizer:
+    """A forward hook that gives K or V back as the quantized cache would.
+
+    Attributes:
+        quantize: what computes heads [..., head_dim]; torch's unless kernels take its place.
+    """
+
+    def __init__(self, scheme: KVScheme, head_dim: int) -> None:
+        self.scheme, self.head_dim = scheme, head_dim
+        self.quantize: Callable[[torch.Tensor, KVScheme], torch.Tensor] = fake_quantize_heads
+
+    def __call__(self, _module: nn.Module, _inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        heads = output.reshape(*output.shape[:-1], output.shape[-1] // self.head_dim, self.head_dim)
+        return self.quantize(heads, self.scheme).reshape(output.shape)
+
+
 def install_kv_quantizer(block: nn.Module, family: ModelFamily, kv: KVScheme, head_dim: int) -> None:
     """Make `block` compute with K and V as the quantized cache gives them back.
 
     V, and K before RoPE, are quantized by hooks on the modules that make them. K after RoPE needs the model's
-    attention to be ATTENTION_AFTER_ROPE (`attention_for`), which finds its scheme on the attention module.
+    attention to be ATTENTION_AFTER_ROPE (`attention_for`). The block's attention keeps the quantizer as
+    `atomq_kv`.
     """
     if kv.n_bits == FLOAT_BITS:
         return
-
-    def quantize_output(_module: nn.Module, _inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        heads = output.reshape(*output.shape[:-1], output.shape[-1] // head_dim, head_dim)
-        return fake_quantize_heads(heads, kv).reshape(output.shape)
-
-    block.get_submodule(family.value).register_forward_hook(quantize_output)
+    quantizer = KVQuantizer(kv, head_dim)
+    block.get_submodule(family.value).register_forward_hook(quantizer)
     if kv.key_position == "before_rope":
-        block.get_submodule(family.key).register_forward_hook(quantize_output)
-    else:
-        attention = block.get_submodule(family.key.rpartition(".")[0])
-        attention.atomq_kv = kv  # type: ignore[assignment]
+        block.get_submodule(family.key).register_forward_hook(quantizer)
+    block.get_submodule(family.key.rpartition(".")[0]).atomq_kv = quantizer  # type: ignore[assignment]
 
 
 def attention_for(kv: KVScheme) -> str:
@@ -83,7 +95,8 @@ def _attend_after_rope(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """SDPA on keys [batch, heads, tokens, head_dim] as the cache gives them back."""
-    key = fake_quantize_heads(key, module.atomq_kv)  # type: ignore[arg-type]
+    quantizer: Any = module.atomq_kv
+    key = quantizer.quantize(key, quantizer.scheme)
     result: tuple[torch.Tensor, torch.Tensor | None] = sdpa_attention_forward(
         module, query, key, value, *args, **kwargs
     )

@@ -17,6 +17,7 @@ from atomq.numerics.outliers import Outliers, encode_outliers
 from atomq.numerics.scales import (
     F32_SMALLEST_NORMAL,
     asymmetric_scales,
+    divide,
     progressive_base,
     progressive_factors,
     scale_divisor,
@@ -91,7 +92,7 @@ def _quantize_groups(
     scales = symmetric_scales(largest, scheme.clip_ratio, scale_divisor(grid))
     if scheme.scale_mode == "progressive":
         # A zero group has no say in the base, and the factor 1.
-        alive = largest * scheme.clip_ratio / scale_divisor(grid) >= F32_SMALLEST_NORMAL
+        alive = divide(largest * scheme.clip_ratio, scale_divisor(grid)) >= F32_SMALLEST_NORMAL
         base = progressive_base(torch.where(alive, scales, torch.zeros_like(scales)))
         factors = torch.where(alive, progressive_factors(scales, base), torch.ones_like(scales))
         scales = base.unsqueeze(-1) * factors

@@ -22,11 +22,12 @@ def block_size(width: int) -> int:
 def hadamard_matrix(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The Sylvester-Hadamard matrix [size, size] over sqrt(size); `size` is a power of two."""
     assert size & (size - 1) == 0, size
-    matrix: torch.Tensor = torch.ones(1, 1, dtype=torch.float64)
-    while matrix.shape[0] < size:
-        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0)
-    scaled: torch.Tensor = matrix / size**0.5
-    return scaled.to(dtype=dtype, device=device)
+    with torch.inference_mode(False):  # it is kept, and a tensor of inference mode could not be used outside
+        matrix: torch.Tensor = torch.ones(1, 1, dtype=torch.float64)
+        while matrix.shape[0] < size:
+            matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0)
+        scaled: torch.Tensor = matrix / size**0.5
+        return scaled.to(dtype=dtype, device=device)
 
 
 def transform_blocks(x: torch.Tensor) -> torch.Tensor:

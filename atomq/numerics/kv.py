@@ -14,7 +14,7 @@ import torch
 from atomq.config import KVScheme
 from atomq.numerics.activations import compute_dtype
 from atomq.numerics.hadamard import transform_blocks
-from atomq.numerics.scales import F16_LARGEST
+from atomq.numerics.scales import F16_LARGEST, divide
 
 
 class QuantizedHeads(NamedTuple):
@@ -38,7 +38,7 @@ def quantize_heads(x: torch.Tensor, scheme: KVScheme) -> QuantizedHeads:
         x = transform_blocks(x)
     low, high = x.aminmax(dim=-1)
     low, high = low * scheme.clip_ratio, high * scheme.clip_ratio
-    scales = _round_f16((high - low) / (2**scheme.n_bits - 1))
+    scales = _round_f16(divide(high - low, 2**scheme.n_bits - 1))
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
     minima = _round_f16(low)
     codes = ((x - minima.unsqueeze(-1)) / scales.unsqueeze(-1)).round_().clamp_(0, 2**scheme.n_bits - 1)

@@ -97,10 +97,15 @@ class QuantizedLinear(nn.Module):
         self.observer: Callable[[torch.Tensor], None] | None = None
         # A tuple hides the owner from nn.Module's registry: its `perm` must appear once in the state dict.
         self._owner = () if order is None or order.owner is None else (order.owner,)
-        self._gathered = order is not None and order.gathered
+        self.is_gathered = order is not None and order.gathered
         self._dense: torch.Tensor | None = None
         self.register_parameter("bias", bias)
         self.code_names = tuple(linear_specs(out_features, in_features, scheme))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codes or the float weight lie."""
+        return next(buffer.device for buffer in self._buffers.values() if buffer is not None)
 
     def input_order(self) -> torch.Tensor:
         """int32 [in_features]: new position -> old channel, the `perm` of the group's first linear."""
@@ -164,22 +169,24 @@ class QuantizedLinear(nn.Module):
             weight = self._buffers.get("weight")
             if weight is not None:
                 return weight.to(dtype)
-            self._dense = self.quantized_weight().dequantize(self.scheme.weights, dtype)
+            with torch.inference_mode(False), torch.no_grad():  # it is kept for calls in any mode
+                self._dense = self.quantized_weight().dequantize(self.scheme.weights, dtype)
         return self._dense
 
-    def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
-        """What the multiplication sees of an input [..., in_features]: gathered, transformed,
-        fake-quantized.
-        """
-        if self._gathered:
+    def order_input(self, x: torch.Tensor) -> torch.Tensor:
+        """An input [..., in_features] as the codes see it: gathered, in the compute dtype, transformed."""
+        if self.is_gathered:
             x = x.index_select(-1, self.input_order())
         x = x.to(compute_dtype(x.dtype))
-        scheme, n_outliers = self.scheme, self.scheme.outliers.n_outliers
-        if scheme.transform == "hadamard":
-            x = transform_input(x, scheme)
+        return transform_input(x, self.scheme) if self.scheme.transform == "hadamard" else x
+
+    def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
+        """What the multiplication sees of an input [..., in_features]: ordered and fake-quantized."""
+        ordered, scheme = self.order_input(x), self.scheme
         if scheme.activations.n_bits == FLOAT_BITS:
-            return x
-        return fake_quantize_activations(x, scheme.activations, n_outliers, scheme.outliers.precision)
+            return ordered
+        n_outliers = scheme.outliers.n_outliers
+        return fake_quantize_activations(ordered, scheme.activations, n_outliers, scheme.outliers.precision)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         quantized = self.quantize_input(x)

@@ -27,8 +27,10 @@ def pack_codes(codes: torch.Tensor, n_bits: int) -> torch.Tensor:
         unsigned).
     """
     _check_bits(n_bits)
-    if codes.numel() and (int(codes.min()) < -(2 ** (n_bits - 1)) or int(codes.max()) >= 2**n_bits):
-        raise ValueError(f"codes from {int(codes.min())} to {int(codes.max())} do not fit into {n_bits} bits")
+    if codes.numel():
+        low, high = int(codes.min()), int(codes.max())
+        if low < -(2 ** (n_bits - 1)) or high >= 2 ** (n_bits if low >= 0 else n_bits - 1):
+            raise ValueError(f"codes from {low} to {high} do not fit into {n_bits} bits")
     width = codes.shape[-1]
     n_codes, n_bytes = _UNITS[n_bits]
     unsigned = codes.to(torch.int32) & (2**n_bits - 1)

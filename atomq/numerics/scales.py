@@ -28,9 +28,14 @@ def scale_divisor(grid: CodeGrid, span: str = "full") -> float:
     return float(2 ** (grid.n_bits - 1) - 1) if span == "full" else (2**grid.n_bits - 1) / 2
 
 
+def divide(x: torch.Tensor, divisor: float) -> torch.Tensor:
+    """``x / divisor`` rounded once. On CUDA torch multiplies by the reciprocal of a Python number instead."""
+    return x / torch.tensor(divisor, dtype=x.dtype, device=x.device)
+
+
 def symmetric_scales(largest: torch.Tensor, clip_ratio: float, divisor: float) -> torch.Tensor:
     """``largest * clip_ratio / divisor`` with zero groups at 1. `largest` holds magnitudes, any shape."""
-    return replace_zero_scales(largest * clip_ratio / divisor)
+    return replace_zero_scales(divide(largest * clip_ratio, divisor))
 
 
 def asymmetric_scales(
@@ -41,7 +46,7 @@ def asymmetric_scales(
     scale = (hi - lo) * clip_ratio / (2^b - 1), zero = clamp(round(-lo * clip_ratio / scale), 0, 2^b - 1).
     """
     low, high = lowest.clamp(max=0) * clip_ratio, highest.clamp(min=0) * clip_ratio
-    scales = replace_zero_scales((high - low) / (2**n_bits - 1))
+    scales = replace_zero_scales(divide(high - low, 2**n_bits - 1))
     return scales, find_zeros(low, scales, n_bits)
 
 

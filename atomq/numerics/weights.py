@@ -94,6 +94,7 @@ def find_group_scales(
     scales = symmetric_scales(torch.maximum(-low, high), clip_ratio, scale_divisor(grid, span))
     if base is not None:
         factors = progressive_factors(scales.unsqueeze(-1), base).squeeze(-1)
+        factors = torch.where(torch.maximum(-low, high) > 0, factors, torch.ones_like(factors))
         return GroupScales(base * factors, None, factors)
     return GroupScales(round_to_stored(scales), None, None)
 

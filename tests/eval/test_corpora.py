@@ -238,15 +238,36 @@ def test_a_broken_parquet_file_is_refused(tmp_path, content):
 # --- the built-in texts
 
 
-def test_the_builtin_text_is_the_folder_in_order_of_names(tmp_path, monkeypatch):
-    for i in (5, 0, 3, 7, 1, 6, 2, 4):
-        write(tmp_path / f"0{i}.txt", f"text {i}\n")
-    write(tmp_path / "README.md", "not this")
+@pytest.mark.parametrize("split", ["calibration", "evaluation"])
+def test_the_builtin_text_is_its_split_s_files_in_order_of_names(tmp_path, monkeypatch, split):
+    (tmp_path / "held_out").mkdir()
+    for part, folder in (("calibration", tmp_path), ("evaluation", tmp_path / "held_out")):
+        for i in (5, 0, 3, 7, 1, 6, 2, 4):
+            write(folder / f"0{i}.txt", f"\n{part} {i} \n\n")
+        write(folder / "README.md", "not this")
     monkeypatch.setattr(corpora.resources, "folder", lambda name: {"calibration_data": tmp_path}[name])
-    for split in ("calibration", "evaluation"):
-        corpus = load_corpus("builtin", split)
-        assert corpus.documents == ("\n\n".join(f"text {i}\n" for i in range(8)),)
-        assert (corpus.name, corpus.layout) == ("builtin", "built-in texts")
+    corpus = load_corpus("builtin", split)
+    assert corpus.documents == ("\n\n".join(f"\n{split} {i} \n" for i in range(8)),)
+    assert (corpus.name, corpus.layout) == ("builtin", "built-in texts")
+
+
+def test_the_builtin_texts_have_the_hashes_of_their_readme_and_share_no_line():
+    readme = (corpora.resources.folder("calibration_data") / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| \d+ files \| [\d,]+ \| [\d,]+ \| `([0-9a-f]{64})` \|$", readme, flags=re.MULTILINE
+    )
+    parts = [load_corpus("builtin", split) for split in ("calibration", "evaluation")]
+    assert [corpus.sha256 for corpus in parts] == rows
+    calibration, evaluation = ({line for line in c.documents[0].split("\n") if line} for c in parts)
+    assert not calibration & evaluation
+
+
+@pytest.mark.parametrize(("split", "pattern"), [("calibration", "*.txt"), ("evaluation", "held_out/*.txt")])
+def test_a_builtin_part_without_files_says_so(tmp_path, monkeypatch, split, pattern):
+    monkeypatch.setattr(corpora.resources, "folder", lambda name: tmp_path)
+    assert refusal("builtin", split) == (
+        f"atomq's folder 'calibration_data' has no {pattern}; reinstall atomq, or give a text file"
+    )
 
 
 def test_an_installation_without_the_builtin_texts_says_so(tmp_path, monkeypatch):

@@ -1,0 +1,74 @@
+"""The Hessian accumulator against a loop over tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from atomq.method.hessian import HessianAccumulator, output_error
+
+CPU = torch.device("cpu")
+
+
+def loop(tokens: torch.Tensor) -> torch.Tensor:
+    """Sum over tokens of 2 x x^T, float64."""
+    total = torch.zeros(tokens.shape[1], tokens.shape[1], dtype=torch.float64)
+    for token in tokens.double():
+        for i in range(len(token)):
+            for j in range(len(token)):
+                total[i, j] += 2 * token[i] * token[j]
+    return total
+
+
+def make_tokens(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, 6, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize("holdout", [False, True])
+def test_the_hessian_is_the_mean_over_all_tokens_of_all_calls(holdout):
+    accumulator = HessianAccumulator(6, CPU, holdout=holdout)
+    batches = [make_tokens(2, 5), make_tokens(1, 7), make_tokens(3)]
+    for batch in batches:
+        accumulator.add(batch)
+    tokens = torch.cat([batch.reshape(-1, 6) for batch in batches])
+    assert accumulator.n_tokens == 20
+    assert accumulator.hessian.dtype == torch.float32
+    assert torch.allclose(accumulator.hessian.double(), loop(tokens) / 20, atol=1e-5)
+
+
+def test_a_quarter_of_every_call_is_held_out():
+    accumulator = HessianAccumulator(6, CPU, holdout=True)
+    first, second = make_tokens(2, 5), make_tokens(1, 7)
+    accumulator.add(first)
+    accumulator.add(second)
+    fit = torch.cat((first.view(-1, 6)[:8], second.view(-1, 6)[:6]))
+    held_out = torch.cat((first.view(-1, 6)[8:], second.view(-1, 6)[6:]))
+    assert torch.allclose(accumulator.fit.double(), loop(fit), atol=1e-5)
+    assert torch.allclose(accumulator.held_out.double(), loop(held_out), atol=1e-5)
+
+
+def test_without_holdout_nothing_is_held_out():
+    accumulator = HessianAccumulator(6, CPU, holdout=False)
+    accumulator.add(make_tokens(9))
+    assert accumulator.held_out is None
+    assert torch.allclose(accumulator.fit.double(), loop(make_tokens(9)), atol=1e-5)
+
+
+def test_half_precision_inputs_are_added_up_in_float32():
+    accumulator = HessianAccumulator(6, CPU, holdout=False)
+    tokens = make_tokens(50).to(torch.bfloat16)
+    accumulator.add(tokens)
+    assert torch.allclose(accumulator.hessian.double(), loop(tokens) / 50, atol=1e-5)
+
+
+def test_no_tokens_give_a_hessian_of_zeros():
+    accumulator = HessianAccumulator(6, CPU, holdout=True)
+    accumulator.add(torch.empty(0, 6))
+    assert not accumulator.hessian.any()
+
+
+def test_output_error_is_the_squared_error_of_the_outputs():
+    x, difference = make_tokens(40), make_tokens(3) * 0.1
+    hessian = loop(x).float()
+    expected = 2 * (x @ difference.T).square().sum()
+    assert output_error(difference, hessian) == pytest.approx(expected.item(), rel=1e-5)

@@ -1,0 +1,225 @@
+"""Quantized linears and the KV quantizer inside a block, against attention written out by hand."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny_models import TINY_MODELS, make_tiny_model
+from torch import nn
+
+from atomq.config import ActivationScheme, KVScheme, OutlierScheme, QuantScheme, WeightScheme
+from atomq.models.families import find_family
+from atomq.models.quantized import (
+    ATTENTION_AFTER_ROPE,
+    attention_for,
+    head_dim_of,
+    install_kv_quantizer,
+    install_linears,
+)
+from atomq.numerics.kv import fake_quantize_heads
+from atomq.numerics.linear import QuantizedLinear
+
+N_TOKENS = 9
+KV_SCHEMES = {
+    "before-rope": KVScheme(n_bits=4),
+    "after-rope": KVScheme(n_bits=4, key_position="after_rope"),
+    "before-rope-turned": KVScheme(n_bits=3, rotation="hadamard"),
+    "after-rope-turned-clipped": KVScheme(
+        n_bits=3, clip_ratio=0.9, key_position="after_rope", rotation="hadamard"
+    ),
+}
+
+
+def attention_by_hand(attention, hidden, positions, kv: KVScheme | None, key_position: str | None = None):
+    """One attention layer on `hidden` [batch, tokens, width], head by head and token by token."""
+    config, cosine, sine = attention.config, *positions
+    head_dim, n_heads, n_kv = attention.head_dim, config.num_attention_heads, config.num_key_value_heads
+    key_position = key_position or (kv.key_position if kv else None)
+
+    def heads(projection, norm=None):
+        x = projection(hidden).unflatten(-1, (-1, head_dim))  # (batch, tokens, heads, head_dim)
+        return x if norm is None else norm(x)
+
+    def turned(x):
+        first, second = x[..., : head_dim // 2], x[..., head_dim // 2 :]
+        rotated = torch.cat((-second, first), dim=-1)
+        return x * cosine.unsqueeze(2) + rotated * sine.unsqueeze(2)
+
+    query = turned(heads(attention.q_proj, getattr(attention, "q_norm", None)))
+    key = heads(attention.k_proj, getattr(attention, "k_norm", None))
+    value = heads(attention.v_proj)
+    if kv is not None:
+        value = fake_quantize_heads(value, kv)
+        if key_position == "before_rope":
+            key = turned(fake_quantize_heads(key, kv))
+        else:
+            key = fake_quantize_heads(turned(key), kv)
+    else:
+        key = turned(key)
+    output = torch.zeros(*hidden.shape[:2], n_heads, head_dim, dtype=hidden.dtype)
+    for head in range(n_heads):
+        shared = head // (n_heads // n_kv)
+        for token in range(hidden.shape[1]):
+            scores = (query[:, token, head, None] * key[:, : token + 1, shared]).sum(-1) / head_dim**0.5
+            weights = scores.softmax(-1)
+            output[:, token, head] = (weights.unsqueeze(-1) * value[:, : token + 1, shared]).sum(1)
+    return attention.o_proj(output.flatten(2))
+
+
+def make_attention(kind: str):
+    """A float64 model, its first block, hidden states [2, 9, 48] and their position embeddings."""
+    model = make_tiny_model(kind).double()
+    hidden = torch.randn(2, N_TOKENS, 48, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    positions = model.model.rotary_emb(hidden, torch.arange(N_TOKENS)[None])
+    return model, model.model.layers[0], hidden, positions
+
+
+def attend(model, block, kv: KVScheme, hidden, positions):
+    install_kv_quantizer(block, find_family(model.config.model_type), kv, head_dim_of(model.config))
+    model.set_attn_implementation(attention_for(kv))
+    return block.self_attn(hidden, position_embeddings=positions, attention_mask=None)[0]
+
+
+@pytest.mark.parametrize("kv", KV_SCHEMES.values(), ids=KV_SCHEMES)
+@pytest.mark.parametrize("kind", TINY_MODELS)
+def test_attention_computes_with_exactly_the_quantized_k_and_v(kind, kv):
+    model, block, hidden, positions = make_attention(kind)
+    untouched = copy.deepcopy(block.self_attn)
+    expected = attention_by_hand(untouched, hidden, positions, kv)
+    actual = attend(model, block, kv, hidden, positions)
+    assert torch.allclose(actual, expected, rtol=1e-6, atol=1e-6)
+    # The comparison tells the positions of K apart, and quantized from float.
+    other = {"before_rope": "after_rope", "after_rope": "before_rope"}[kv.key_position]
+    for wrong in (
+        attention_by_hand(untouched, hidden, positions, kv, other),
+        attention_by_hand(untouched, hidden, positions, None),
+    ):
+        assert (actual - wrong).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", TINY_MODELS)
+def test_a_float_cache_changes_nothing(kind):
+    model, block, hidden, positions = make_attention(kind)
+    expected = attention_by_hand(block.self_attn, hidden, positions, None)
+    actual = attend(model, block, KVScheme(), hidden, positions)
+    assert torch.allclose(actual, expected, rtol=1e-6, atol=1e-6)
+    assert not any(module._forward_hooks for module in block.modules())
+
+
+@pytest.mark.parametrize("key_position", ["before_rope", "after_rope"])
+def test_one_token_is_attended_to_as_its_own_quantized_value(key_position):
+    """With a single token attention is V itself."""
+    kv = KVScheme(n_bits=2, key_position=key_position)
+    model, block, hidden, _ = make_attention("llama")
+    token = hidden[:1, :1]
+    positions = model.model.rotary_emb(token, torch.tensor([[3]]))
+    value = fake_quantize_heads(block.self_attn.v_proj(token).unflatten(-1, (2, 12)), kv)
+    expected = block.self_attn.o_proj(value.repeat_interleave(2, dim=2).flatten(2))
+    assert torch.allclose(attend(model, block, kv, token, positions), expected, atol=1e-9)
+
+
+def test_qwen3_keys_are_quantized_after_their_norm():
+    kv = KVScheme(n_bits=4)
+    _, block, hidden, _ = make_attention("qwen3")
+    family = find_family("qwen3")
+    key = block.self_attn.k_norm(block.self_attn.k_proj(hidden).unflatten(-1, (2, 16)))
+    install_kv_quantizer(block, family, kv, 16)
+    projected = block.self_attn.k_proj(hidden)
+    assert torch.equal(block.self_attn.k_norm(projected.unflatten(-1, (2, 16))), fake_quantize_heads(key, kv))
+
+
+@pytest.mark.parametrize("kv", KV_SCHEMES.values(), ids=KV_SCHEMES)
+def test_padded_batches_give_what_their_rows_give_alone(kv):
+    model = make_tiny_model("llama").double()
+    for block in model.model.layers:
+        install_kv_quantizer(block, find_family("llama"), kv, 12)
+    model.set_attn_implementation(attention_for(kv))
+    tokens = torch.arange(2, 12)[None]
+    padded = torch.cat((torch.zeros(1, 4, dtype=torch.long), tokens), dim=1)
+    mask = (torch.arange(14) >= 4).long()[None]
+    positions = (torch.arange(14) - 4).clamp(min=0)[None]
+    alone = model(tokens).logits
+    logits = model(padded, attention_mask=mask, position_ids=positions).logits
+    assert torch.allclose(logits[:, 4:], alone, atol=1e-5)
+
+
+def test_the_attention_of_a_scheme_is_named():
+    assert attention_for(KVScheme()) == attention_for(KVScheme(n_bits=4)) == "sdpa"
+    assert attention_for(KVScheme(n_bits=4, key_position="after_rope")) == ATTENTION_AFTER_ROPE
+    assert attention_for(KVScheme(key_position="after_rope")) == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("kind", "head_dim"),
+    [("llama", 12), ("llama-mha-bias", 16), ("mistral", 8), ("qwen2", 12), ("qwen3", 16)],
+)
+def test_head_dim_is_the_configured_one_or_width_over_heads(kind, head_dim):
+    assert head_dim_of(make_tiny_model(kind).config) == head_dim
+
+
+SCHEME = QuantScheme(
+    WeightScheme(group_size=16), ActivationScheme(group_size=16), OutlierScheme(8, reorder=True)
+)
+
+
+@pytest.mark.parametrize("kind", TINY_MODELS)
+def test_every_linear_of_the_table_is_replaced_and_keeps_its_bias(kind):
+    model = make_tiny_model(kind)
+    block, family = model.model.layers[0], find_family(model.config.model_type)
+    before = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    installed = install_linears(block, family, SCHEME)
+    assert set(installed) == set(before)
+    for name, linear in installed.items():
+        assert block.get_submodule(name) is linear
+        assert (linear.out_features, linear.in_features) == tuple(before[name].weight.shape)
+        assert linear.bias is before[name].bias
+    assert not any(isinstance(module, nn.Linear) for module in block.modules())
+
+
+def gathers(linear: QuantizedLinear, channel: int, position: int) -> bool:
+    """Whether an input at `channel` is multiplied at `position`; else it must stay where it is."""
+    one = torch.zeros(1, linear.in_features)
+    one[0, channel] = 1.0
+    found = linear.quantize_input(one).nonzero()[:, 1].tolist()
+    assert found in ([channel], [position])
+    return found == [position]
+
+
+def test_orders_are_owned_by_the_first_linear_and_gathered_unless_absorbed():
+    block = make_tiny_model().model.layers[0]
+    installed = install_linears(block, find_family("llama"), SCHEME)
+    orders = {}
+    for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
+        orders[name] = torch.arange(installed[name].in_features).roll(len(orders) + 1)
+        installed[name].set_perm(orders[name])
+    owners = {
+        "self_attn.k_proj": "self_attn.q_proj",
+        "self_attn.v_proj": "self_attn.q_proj",
+        "mlp.up_proj": "mlp.gate_proj",
+    }
+    for name, linear in installed.items():
+        order = orders[owners.get(name, name)]
+        assert torch.equal(linear.input_order().long(), order)
+        assert gathers(linear, int(order[7]), 7) == (name != "mlp.down_proj")
+
+
+def test_without_an_order_nothing_is_gathered_and_without_linears_nothing_is_replaced():
+    block = make_tiny_model().model.layers[0]
+    kept = copy.deepcopy(block)
+    plain = QuantScheme(WeightScheme(group_size=16), ActivationScheme(group_size=16))
+    for linear in install_linears(block, find_family("llama"), plain).values():
+        assert not gathers(linear, 3, 7)
+    kv_only = QuantScheme(WeightScheme(16), ActivationScheme(16), OutlierScheme(), KVScheme(4))
+    assert install_linears(kept, find_family("llama"), kv_only) == {}
+    assert not any(isinstance(module, QuantizedLinear) for module in kept.modules())
+
+
+@pytest.mark.parametrize("key_position", ["before_rope", "after_rope"])
+def test_a_deep_copy_of_a_block_quantizes_its_cache_too(key_position):
+    kv = KVScheme(n_bits=3, key_position=key_position)
+    model, block, hidden, positions = make_attention("qwen3")
+    expected = attend(model, block, kv, hidden, positions)
+    twin = copy.deepcopy(block).self_attn
+    assert torch.equal(twin(hidden, position_embeddings=positions, attention_mask=None)[0], expected)

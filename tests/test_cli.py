@@ -1,0 +1,932 @@
+"""The command line, through `main(argv)`: sentences, exit codes, what is printed where, what stays behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_checkpoints import change_json, change_tensor, files_outside_reports, stored_tensors
+
+import atomq
+from atomq import pipeline
+from atomq.cli import main
+from atomq.commands import quantize as quantize_command
+from atomq.config import setting_names
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = ("calibrate", "quantize", "eval-ppl", "generate", "inspect")
+KERNEL_COMMANDS = {"verify", "bench-gemm"}
+TINY = ["--n-outliers", "5", "--group-size", "16"]
+DATA = ["--n-samples", "4", "--seq-len", "64"]
+
+
+@pytest.fixture
+def run(capsys):
+    """Run one command; answer its exit code, stdout and stderr."""
+
+    def call(*argv: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(part) for part in argv])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def refused(run, tmp_path):
+    """Run a command that must be refused: exit code 2, one sentence with `words`, nothing left behind."""
+
+    def call(words: str, *argv: object, code: int = 2) -> str:
+        before = everything_in(tmp_path)
+        found, out, err = run(*argv)
+        sentence = err.strip().splitlines()[-1]
+        assert (found, out) == (code, ""), err
+        assert sentence.startswith("error: "), err
+        assert "Traceback" not in err
+        assert words in sentence, sentence
+        assert everything_in(tmp_path) == before
+        return sentence
+
+    return call
+
+
+@pytest.fixture
+def model(tiny_dir, tmp_path) -> Path:
+    """A copy of the tiny model that a test may spoil."""
+    return Path(shutil.copytree(tiny_dir, tmp_path / "my-model"))
+
+
+@pytest.fixture(scope="module")
+def made(tiny_dir, tmp_path_factory) -> Path:
+    """A checkpoint made by `atomq quantize`. Do not change it."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "text.txt").write_text("seven wizards mix 42 potions. " * 100)
+    assert main(quantize_argv(tiny_dir, folder / "OUT", folder / "text.txt")) == 0
+    return folder / "OUT"
+
+
+@pytest.fixture
+def out(made, tmp_path) -> Path:
+    """A copy of the checkpoint that a test may spoil."""
+    return Path(shutil.copytree(made, tmp_path / "OUT"))
+
+
+def quantize_argv(model, out, text, *more) -> list[str]:
+    return [
+        str(part) for part in ("quantize", model, out, *TINY, "--calib-data", text, *DATA, "--json", *more)
+    ]
+
+
+def everything_in(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() if p.is_file() else b"" for p in sorted(folder.rglob("*"))}
+
+
+def only_document(text: str) -> dict:
+    """The one JSON document that `text` is."""
+
+    def refuse(constant: str):
+        raise AssertionError(f"{constant} is not JSON")
+
+    assert text.startswith("{\n")
+    assert text.endswith("}\n")
+    return json.loads(text, parse_constant=refuse)
+
+
+# The front.
+
+
+def python(*argv: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *argv], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_help_answers_in_under_0_4_seconds():
+    seconds = []
+    for _ in range(5):  # the best of five: other work on the machine must not count
+        start = time.perf_counter()
+        result = python("-m", "atomq", "--help")
+        seconds.append(time.perf_counter() - start)
+        assert result.returncode == 0
+    assert min(seconds) < 0.4, seconds
+
+
+def test_help_imports_nothing_heavy():
+    heavy = "{'torch', 'transformers', 'numpy', 'matplotlib', 'safetensors', 'datasets', 'cupy', 'gguf'}"
+    calls = "; ".join(f"main({[*command, '--help']!r})" for command in [[], *([name] for name in COMMANDS)])
+    script = f"import sys; from atomq.cli import main; {calls}; print(sorted({heavy} & set(sys.modules)))"
+    result = python("-c", script)
+    assert result.stdout.splitlines()[-1] == "[]", result.stdout + result.stderr
+
+
+def test_a_clone_runs_without_installation_and_as_a_module(tmp_path):
+    for argv in (["cli.py"], ["-m", "atomq"]):
+        result = python(*argv, "--version")
+        assert (result.returncode, result.stdout) == (0, f"atomq {atomq.__version__}\n")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(
+        [sys.executable, ROOT / "cli.py", "--version"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout == f"atomq {atomq.__version__}\n"
+
+
+def test_the_front_page_lists_the_commands_and_no_others(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    code, out, _ = run("--help")
+    assert code == 0
+    listed = tuple(re.findall(r"^│ (\S+)", out.partition("Commands")[2], re.MULTILINE))
+    assert listed[: len(COMMANDS)] == COMMANDS
+    assert set(listed[len(COMMANDS) :]) <= KERNEL_COMMANDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_pages_fit_on_a_screen(run, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "100")
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert len(out.splitlines()) <= 50
+    assert out.count(" --") <= 25
+
+
+def test_no_command_at_all_shows_the_help(run):
+    code, out, err = run()
+    assert code == 2
+    assert "quantize" in out + err
+
+
+def test_a_wrong_option_is_refused_with_exit_code_2(run):
+    for argv in (["quantize", "--nonsense"], ["nonsense"], ["quantize", "model", "OUT", "--n-samples", "x"]):
+        code, out, err = run(*argv)
+        assert (code, out) == (2, "")
+        assert err
+
+
+def test_the_debug_variable_shows_where_an_error_came_from(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("ATOMQ_DEBUG", "1")
+    code, _, err = run("inspect", tmp_path / "nothing")
+    assert code == 2
+    assert "Traceback" in err
+    assert err.splitlines()[-1].startswith("error: ")
+
+
+# One JSON document on stdout, progress on stderr.
+
+
+def test_calibrate_prints_one_json_document_and_writes_artefact_and_picture(run, model, tmp_path, text_file):
+    artefact = tmp_path / "new" / "stats.safetensors"
+    code, out, err = run(
+        "calibrate", model, "-o", artefact, "--n-outliers", 5, "--calib-data", text_file, *DATA, "--json"
+    )
+    document = only_document(out)
+    assert code == 0
+    assert "calibrate: " in err
+    assert document["model"] == "my-model"
+    assert document["plot"] == str(artefact.with_suffix(".png"))
+    assert len(document["groups"]) == 8
+    perm = load_file(artefact)["model.layers.0.mlp.gate_proj.perm"]
+    assert document["groups"]["model.layers.0.mlp.gate_proj"]["outliers"] == sorted(perm[-5:].tolist())
+    assert 3 in document["groups"]["model.layers.0.mlp.gate_proj"]["outliers"]  # planted in the norm
+    assert artefact.with_suffix(".png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_calibrate_shows_a_table_and_draws_an_svg_of_equal_bytes(run, model, tmp_path, text_file):
+    pictures = []
+    for name in ("a", "b"):
+        picture = tmp_path / f"{name}.svg"
+        options = ["-o", tmp_path / f"{name}.safetensors", "--plot", picture, "--n-outliers", 5]
+        code, out, err = run("calibrate", model, *options, "--calib-data", text_file, *DATA)
+        assert code == 0
+        assert "strongest channels" in out
+        assert out.count("model.layers.") == 8
+        assert "3 (" in out
+        assert "strongest" not in err
+        pictures.append(picture.read_bytes())
+    assert pictures[0].startswith(b"<?xml")
+    assert b"</svg>" in pictures[0]
+    assert pictures[0] == pictures[1]
+
+
+def test_quantize_prints_one_json_document(run, model, tmp_path, text_file):
+    code, out, err = run(*quantize_argv(model, tmp_path / "OUT", text_file))
+    document = only_document(out)
+    assert code == 0
+    assert "quantize: " in err
+    assert document["out"] == str(tmp_path / "OUT")
+    assert document["recipe"]["scheme"]["outliers"]["n_outliers"] == 5
+    assert document["recipe"]["scheme"]["weights"]["group_size"] == 16
+    assert document["calibration"]["n_samples"] == 4
+    assert set(document["effective_bits"]) == {"weight", "activation", "kv"}
+
+
+def test_quantize_shows_a_table_for_people(run, model, tmp_path):
+    code, out, err = run("quantize", model, tmp_path / "OUT", "--preset", "rtn", "--kv-bits", 4)
+    assert code == 0
+    assert "bits per weight" in out
+    assert "bits per KV entry" in out
+    assert "atomq eval-ppl" in out
+    assert "bits" not in err
+
+
+@pytest.mark.parametrize("preset", ["atom", "rtn", "w4a16", "w8a8"])
+def test_the_recipe_is_shown_without_a_model(run, preset):
+    code, out, _ = run(
+        "quantize", "no-model", "no-out", "--preset", preset, "--show-recipe", "--set", "kv.n_bits=8"
+    )
+    recipe = only_document(out)
+    assert code == 0
+    assert recipe["scheme"]["kv"]["n_bits"] == 8
+    shown = {
+        f"{part}.{name}"
+        for part, fields in recipe["scheme"].items()
+        if part != "transform"
+        for name in fields
+    }
+    shown |= {f"solver.{name}" for name in recipe["solver"]} | {"transform"}
+    assert shown == set(setting_names())  # it lists all that --set takes
+
+
+def test_eval_ppl_prints_one_json_document_with_both_models(run, model, made, text_file):
+    code, out, err = run(
+        *("eval-ppl", made, "--baseline", model, "--data", text_file, "--seq-len", 64, "--max-windows", 3),
+        "--json",
+    )
+    document = only_document(out)
+    assert code == 0
+    assert "eval-ppl: " in err
+    keys = {"model", "data", "seq_len", "n_windows", "n_tokens", "ppl", "baseline_ppl", "kl"}
+    assert keys <= document.keys()
+    assert (document["model"], document["baseline"], document["data"]) == ("OUT", "my-model", "text.txt")
+    assert (document["seq_len"], document["n_windows"], document["n_tokens"]) == (64, 3, 192)
+    assert document["kl"] > 1e-6
+    assert document["ppl"] != document["baseline_ppl"]
+
+
+def test_eval_ppl_of_a_float_model_has_no_baseline_keys(run, model, text_file):
+    code, out, _ = run("eval-ppl", model, "--data", text_file, "--seq-len", 64, "--json")
+    document = only_document(out)
+    assert code == 0
+    assert not {"baseline", "baseline_ppl", "kl"} & document.keys()
+    assert document["n_windows"] == len(text_file.read_bytes()) // 64
+
+
+def test_a_model_against_itself_has_no_divergence(run, made, text_file):
+    argv = ["eval-ppl", made, "--baseline", made, "--data", text_file, "--seq-len", 64, "--max-windows", 2]
+    _, out, _ = run(*argv, "--json")
+    document = only_document(out)
+    assert document["kl"] == 0
+    assert document["ppl"] == document["baseline_ppl"]
+    _, table, _ = run(*argv)
+    assert table.count(f"{document['ppl']:.4f}") == 2
+
+
+def test_generate_prints_one_json_document_or_the_text(run, made):
+    argv = ["generate", made, "seven wizards", "--max-new-tokens", 5]
+    code, out, err = run(*argv, "--json")
+    document = only_document(out)
+    assert code == 0, err
+    assert document["prompt"] == "seven wizards"
+    assert 1 <= document["n_new_tokens"] <= 5
+    code, text, _ = run(*argv)
+    assert code == 0
+    assert text == f"seven wizards{document['text']}\n"
+
+
+def test_generate_samples_by_its_seed(run, made):
+    argv = ["generate", made, "mix", "--max-new-tokens", 12, "--temperature", 5.0, "--json", "--seed"]
+    first, second, other = (run(*argv, seed)[1] for seed in (1, 1, 2))
+    assert first == second
+    assert first != other
+
+
+def test_inspect_prints_one_json_document_or_tables(run, made):
+    code, out, _ = run("inspect", made, "--check", "--json")
+    document = only_document(out)
+    assert code == 0
+    assert (document["scheme_name"], document["hashes_checked"]) == ("W4A4KV4", True)
+    assert document["n_files"] == len(files_outside_reports(made)) - 1
+    code, out, _ = run("inspect", made)
+    assert code == 0
+    assert "W4A4KV4" in out
+    assert "self_attn.q_proj.qweight" in out
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(run, tiny_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    model = shutil.copytree(tiny_dir, tmp_path / "a[bold]b[")
+    code, out, _ = run("quantize", model, tmp_path / "c[red]", "--preset", "rtn")
+    assert code == 0
+    assert "a[bold]b[ quantized" in out
+    assert f"atomq eval-ppl {tmp_path}/c[red] --baseline" in out
+    _, out, _ = run("inspect", tmp_path / "c[red]")
+    assert "c[red]" in out
+
+
+# The same command gives the same bytes.
+
+
+def test_the_same_command_twice_gives_the_same_bytes(run, model, tmp_path, text_file):
+    outs = [tmp_path / "first", tmp_path / "second"]
+    for out in outs:
+        assert run(*quantize_argv(model, out, text_file))[0] == 0
+    first, second = map(files_outside_reports, outs)
+    assert first == second
+    assert len(first) >= 9
+    assert run(*quantize_argv(model, outs[0], text_file, "--overwrite"))[0] == 0
+    assert files_outside_reports(outs[0]) == first
+    assert not list(tmp_path.glob(".*"))  # no .partial, no .previous
+
+
+def test_nothing_outside_reports_names_a_path_or_a_time(made, tmp_path):
+    for name, content in files_outside_reports(made).items():
+        assert b"/tmp" not in content, name
+        assert str(made.parent).encode() not in content, name
+        assert time.strftime("%Y-%m-%d").encode() not in content, name
+    assert "time" in json.loads((made / "reports" / "quantize.json").read_text())["host"]
+
+
+def test_a_different_seed_gives_other_bytes(run, model, made, tmp_path, text_file):
+    for seed in (0, 1):
+        assert run(*quantize_argv(model, tmp_path / str(seed), text_file, "--seed", seed))[0] == 0
+    shard = "model-00002-of-00003.safetensors"
+    assert (tmp_path / "0" / shard).read_bytes() != (tmp_path / "1" / shard).read_bytes()
+
+
+def test_quantize_with_a_calibration_artefact_equals_quantize_alone(run, model, tmp_path, text_file):
+    artefact = tmp_path / "stats.safetensors"
+    argv = ["calibrate", model, "-o", artefact, "--n-outliers", 5, "--calib-data", text_file, *DATA]
+    assert run(*argv)[0] == 0
+    assert run(*quantize_argv(model, tmp_path / "alone", text_file))[0] == 0
+    assert run(*quantize_argv(model, tmp_path / "reusing", text_file, "--calibration", artefact))[0] == 0
+    assert files_outside_reports(tmp_path / "alone") == files_outside_reports(tmp_path / "reusing")
+
+
+def test_the_artefact_is_really_used(run, model, tmp_path, text_file):
+    artefact = tmp_path / "stats.safetensors"
+    argv = ["calibrate", model, "-o", artefact, "--n-outliers", 5, "--calib-data", text_file, *DATA]
+    assert run(*argv)[0] == 0
+    from safetensors import safe_open
+
+    with safe_open(artefact, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(artefact)
+    tensors["model.layers.0.mlp.gate_proj.hessian"] = torch.arange(48.0)
+    save_file(tensors, artefact, metadata)
+    assert run(*quantize_argv(model, tmp_path / "OUT", text_file, "--calibration", artefact))[0] == 0
+    perm = stored_tensors(tmp_path / "OUT")["model.layers.0.mlp.gate_proj.perm"]
+    assert torch.equal(perm, torch.arange(48, dtype=torch.int32))
+
+
+# What bad input gets: models.
+
+
+def test_a_model_that_is_not_there_is_refused(refused, tmp_path, text_file):
+    nothing = tmp_path / "nothing"
+    for argv in (
+        ["calibrate", nothing, "-o", tmp_path / "stats.safetensors"],
+        ["quantize", nothing, tmp_path / "OUT"],
+        ["eval-ppl", nothing, "--data", text_file],
+    ):
+        refused("does not exist, and is not a hub id", *argv)
+
+
+def test_a_folder_that_is_no_model_is_refused(refused, tmp_path, text_file):
+    (tmp_path / "empty").mkdir()
+    for argv in (
+        ["calibrate", tmp_path / "empty", "-o", tmp_path / "stats.safetensors"],
+        ["quantize", tmp_path / "empty", tmp_path / "OUT"],
+        ["eval-ppl", tmp_path / "empty", "--data", text_file],
+    ):
+        refused("empty has no config.json", *argv)
+
+
+def test_an_architecture_that_is_not_known_is_refused_with_the_list(refused, model, tmp_path):
+    change_config(model, model_type="gpt_oss")
+    sentence = refused("'gpt_oss' is not a family", "quantize", model, tmp_path / "OUT", "--preset", "rtn")
+    assert sentence.endswith("it knows llama, mistral, qwen2, qwen3")
+
+
+def change_config(folder: Path, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_weights(folder: Path, change) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+NAME = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w: w.pop(NAME), f"my-model lacks the tensor {NAME}"),
+        (lambda w: w.update({NAME: w[NAME][:, :-1].contiguous()}), f"{NAME} has shape [80, 47]"),
+        (lambda w: w[NAME][3].fill_(float("nan")), f"{NAME} holds NaN"),
+        (lambda w: w[NAME][3].fill_(float("inf")), f"{NAME} holds NaN or Inf"),
+        (lambda w: w.update(extra=torch.ones(3)), "my-model has the tensor extra"),
+    ],
+)
+def test_a_model_with_a_broken_tensor_is_refused_by_name(refused, model, tmp_path, text_file, change, words):
+    change_weights(model, change)
+    refused(words, *quantize_argv(model, tmp_path / "a" / "b" / "OUT", text_file))
+    refused(words, "eval-ppl", model, "--data", text_file, "--seq-len", 64)
+
+
+def test_a_truncated_model_is_refused(refused, model, tmp_path):
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    refused("model.safetensors is truncated", "quantize", model, tmp_path / "OUT", "--preset", "rtn")
+
+
+def test_a_quantized_model_is_refused(refused, made, tmp_path, text_file):
+    words = "OUT is already quantized (quant_method 'atomq' in config.json); give the original float model"
+    refused(words, "quantize", made, tmp_path / "OUT2")
+    refused(words, "calibrate", made, "-o", tmp_path / "stats.safetensors")
+
+
+def test_a_model_without_a_tokenizer_is_refused(refused, model, tmp_path, text_file):
+    (model / "tokenizer.json").unlink()
+    words = "my-model has no tokenizer"
+    refused(words, *quantize_argv(model, tmp_path / "OUT", text_file))
+    refused(words, "calibrate", model, "-o", tmp_path / "stats.safetensors", "--calib-data", text_file)
+    refused(words, "eval-ppl", model, "--data", text_file)
+
+
+def test_a_corrupt_gguf_file_is_refused(refused, tmp_path):
+    path = tmp_path / "model.gguf"
+    for content in (b"", b"GGUF", b"no such thing at all" * 10, b"GGUF\x03\0\0\0" + b"\xff" * 64):
+        path.write_bytes(content)
+        refused("model.gguf", "quantize", path, tmp_path / "OUT", "--preset", "rtn")
+
+
+# What bad input gets: texts.
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "is neither a file nor a text known for"),
+        (b"", "bad.txt holds no text"),
+        (b" \n\n ", "bad.txt holds no text"),
+        (b"too short", "bad.txt holds 9 tokens, fewer than one window of 64"),
+        (b"caf\xe9 au lait", "bad.txt is not UTF-8: byte 0xe9 at offset 3"),
+    ],
+)
+def test_a_bad_text_is_refused(refused, tiny_dir, made, tmp_path, content, words):
+    text = tmp_path / "bad.txt"
+    if content is not None:
+        text.write_bytes(content)
+    refused(words, *quantize_argv(tiny_dir, tmp_path / "a" / "OUT", text, "--n-samples", 1))
+    refused(
+        *(words, "calibrate", tiny_dir, "-o", tmp_path / "b" / "stats.safetensors"),
+        *("--calib-data", text, "--n-samples", 1, "--seq-len", 64),
+    )
+    refused(words, "eval-ppl", made, "--data", text, "--seq-len", 64)
+
+
+def test_a_folder_or_an_unknown_ending_is_no_text(refused, tiny_dir, tmp_path):
+    (tmp_path / "text.pdf").write_bytes(b"%PDF")
+    refused("text.pdf has the ending .pdf", *quantize_argv(tiny_dir, tmp_path / "OUT", tmp_path / "text.pdf"))
+    refused("is a folder", *quantize_argv(tiny_dir, tmp_path / "OUT", tmp_path))
+
+
+def test_a_data_set_that_cannot_be_had_is_one_sentence(refused, tiny_dir, tmp_path, monkeypatch):
+    import datasets
+
+    def offline(*_args, **_options):
+        raise ConnectionError("no route to host\nand much more")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    words = "data set 'wikitext2' (Salesforce/wikitext) cannot be loaded from the cache or the hub"
+    refused(words, "quantize", tiny_dir, tmp_path / "OUT", "--calib-data", "wikitext2")
+    refused(words, "eval-ppl", tiny_dir)
+
+
+def test_more_samples_than_the_text_has_are_refused_with_their_number(refused, tiny_dir, tmp_path, text_file):
+    sentence = refused(
+        "n_samples 1000 exceeds",
+        *("quantize", tiny_dir, tmp_path / "OUT", "--calib-data", text_file),
+        *("--n-samples", 1000, "--seq-len", 64),
+    )
+    assert f"ask for at most {len(text_file.read_bytes()) // 64}" in sentence
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--n-samples", 0], "--n-samples 0 must be at least 1"),
+        (["--n-samples", -3], "--n-samples -3 must be at least 1"),
+        (["--seq-len", 0], "--seq-len 0 must be at least 2"),
+        (["--seq-len", 1], "--seq-len 1 must be at least 2"),
+    ],
+)
+def test_sizes_below_one_are_refused(refused, tiny_dir, tmp_path, options, words):
+    refused(words, "quantize", tiny_dir, tmp_path / "OUT", *options)
+    refused(words, "calibrate", tiny_dir, "-o", tmp_path / "stats.safetensors", *options)
+
+
+def test_evaluation_sizes_below_one_are_refused(refused, tiny_dir, text_file):
+    refused("max_windows 0", "eval-ppl", tiny_dir, "--data", text_file, "--max-windows", 0)
+    refused("seq_len 1 is too short", "eval-ppl", tiny_dir, "--data", text_file, "--seq-len", 1)
+
+
+# What bad input gets: recipes.
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--preset", "gptq"], "unknown preset 'gptq'; presets are atom, rtn, w4a16, w8a8"),
+        (["--w-bits", 5], "weights.n_bits=5 must be one of 2, 3, 4, 8 or 16"),
+        (["--kv-bits", 1], "kv.n_bits=1 must be one of"),
+        (["--group-size", 0], "weights.group_size=0 must be at least 1"),
+        (["--group-size", "many"], "weights.group_size=many must be a number"),
+        (["--n-outliers", -1], "outliers.n_outliers=-1 must be 0 or more"),
+        (["--set", "weights.n_bits"], "must look like NAME=VALUE"),
+        (["--set", "weights.colour=red"], "unknown setting 'weights.colour'; settings are weights.n_bits"),
+        (["--set", "outliers.precision=int7"], "choose one of int8, fp16, e5m2, e4m3"),
+        (["--set", "weights.symmetric=perhaps"], "must be true or false"),
+        (["--set", "weights.number_format=fp4-bnb", "--w-bits", 3], "it needs weights.n_bits=4"),
+        (["--set", "weights.scale_mode=progressive"], "set weights.channel_group=1"),
+        (
+            ["--set", "activations.scale_mode=progressive", "--a-bits", 8],
+            "needs symmetric integers of at most 4 bits",
+        ),
+        (["--set", "activations.number_format=exponential"], "it is for weights only"),
+        (["--set", "transform=hadamard", "--set", "weights.group_size=64"], "needs equal groups"),
+        (["--set", "transform=fourier"], "transform='fourier' does not exist"),
+        (["--set", "activations.clip_ratio=1.5"], "must lie above 0 and at most at 1"),
+        (["--set", "solver.damp_frac=0"], "solver.damp_frac=0.0 must lie above 0"),
+        (
+            ["--preset", "rtn", "--w-bits", 16, "--a-bits", 16],
+            "there is nothing to quantize",
+        ),
+    ],
+)
+def test_an_impossible_recipe_is_refused_before_the_model_is_looked_at(refused, tmp_path, options, words):
+    refused(words, "quantize", tmp_path / "nothing", tmp_path / "OUT", *options)
+
+
+def test_more_outliers_than_inputs_are_refused_with_the_most_that_fit(refused, tiny_dir, tmp_path, text_file):
+    words = "use at most 47"
+    argv = quantize_argv(tiny_dir, tmp_path / "a" / "OUT", text_file)
+    argv[argv.index("5")] = "48"
+    refused(words, *argv)
+    refused(
+        *(words, "calibrate", tiny_dir, "-o", tmp_path / "stats.safetensors", "--n-outliers", 48),
+        *("--calib-data", text_file, *DATA),
+    )
+
+
+def test_a_metric_that_does_not_exist_is_refused(refused, tiny_dir, tmp_path):
+    argv = ["calibrate", tiny_dir, "-o", tmp_path / "stats.safetensors", "--metric", "kurtosis"]
+    refused("choose one of hessian, abs_mean", *argv)
+
+
+def test_cuda_where_there_is_none_is_refused(refused, tiny_dir, made, tmp_path, text_file, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = "--device cuda: torch sees no CUDA device here"
+    refused(words, "quantize", tiny_dir, tmp_path / "OUT", "--device", "cuda")
+    refused(words, "calibrate", tiny_dir, "-o", tmp_path / "stats.safetensors", "--device", "cuda")
+    refused(words, "eval-ppl", made, "--data", text_file, "--device", "cuda")
+    refused(words, "generate", made, "mix", "--device", "cuda")
+    refused("--device tpu is not one of auto, cpu, cuda", "generate", made, "mix", "--device", "tpu")
+
+
+# What bad input gets: places to write.
+
+
+def test_an_existing_place_is_refused_without_overwrite(refused, run, tiny_dir, out, tmp_path, text_file):
+    refused("OUT exists; name another folder or add --overwrite", *quantize_argv(tiny_dir, out, text_file))
+    (tmp_path / "stats.safetensors").write_text("mine")
+    argv = ["calibrate", tiny_dir, "-o", tmp_path / "stats.safetensors", "--calib-data", text_file]
+    refused("stats.safetensors exists; name another file or add --overwrite", *argv)
+    (tmp_path / "stats.safetensors").rename(tmp_path / "stats.png")
+    refused("stats.png exists", *argv)
+    assert run(*argv, *DATA, "--n-outliers", 5, "--overwrite")[0] == 0
+    assert (tmp_path / "stats.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["notes", "web-extension", "broken", "file"])
+def test_overwrite_never_touches_what_is_no_checkpoint(refused, tiny_dir, tmp_path, text_file, name):
+    place = tmp_path / "mine"
+    if name == "file":
+        place.write_text("precious")
+    else:
+        place.mkdir()
+        (place / "precious.txt").write_text("precious")
+    if name == "web-extension":
+        (place / "manifest.json").write_text('{"manifest_version": 3, "files": {}}')
+    if name == "broken":
+        (place / "manifest.json").write_text('{"quant_method": "atomq"')
+    words = "mine is not a checkpoint of atomq, so --overwrite does not touch it"
+    refused(words, *quantize_argv(tiny_dir, place, text_file, "--overwrite"))
+
+
+def test_overwrite_never_touches_the_model(refused, model, text_file):
+    refused("is not a checkpoint of atomq", *quantize_argv(model, model, text_file, "--overwrite"))
+
+
+def test_overwrite_fills_an_empty_folder_and_follows_a_link(run, tiny_dir, out, tmp_path, text_file):
+    (tmp_path / "empty").mkdir()
+    assert run(*quantize_argv(tiny_dir, tmp_path / "empty", text_file, "--overwrite"))[0] == 0
+    assert (tmp_path / "empty" / "manifest.json").is_file()
+    (tmp_path / "link").symlink_to(out)
+    (out / "manifest.json").touch()
+    (out / "old").touch()
+    assert run(*quantize_argv(tiny_dir, tmp_path / "link", text_file, "--overwrite"))[0] == 0
+    assert (tmp_path / "link").is_symlink()
+    assert not (out / "old").exists()
+    assert files_outside_reports(out) == files_outside_reports(tmp_path / "empty")
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--plot", "picture.pdf"], "--plot picture.pdf must end in .png or .svg"),
+        (["-o", "stats.png"], "stats.png cannot be both the artefact and the picture"),
+        (["-o", "."], ". is a folder; name a file"),
+        (["-o", ""], ". is a folder; name a file"),
+    ],
+)
+def test_an_impossible_place_for_statistics_is_refused(refused, tmp_path, monkeypatch, options, words):
+    monkeypatch.chdir(tmp_path)
+    refused(words, "calibrate", "no-model", *options)
+
+
+def test_an_artefact_that_would_not_be_used_is_refused(refused, tiny_dir, tmp_path):
+    argv = [
+        "quantize",
+        tiny_dir,
+        tmp_path / "OUT",
+        "--preset",
+        "rtn",
+        "--calibration",
+        tmp_path / "s.safetensors",
+    ]
+    refused("s.safetensors would not be used", *argv)
+
+
+def test_an_artefact_that_is_not_there_is_refused(refused, tiny_dir, tmp_path, text_file):
+    argv = quantize_argv(tiny_dir, tmp_path / "OUT", text_file, "--calibration", tmp_path / "s.safetensors")
+    refused("there is no calibration artefact", *argv)
+
+
+# What bad input gets: checkpoints.
+
+
+@pytest.fixture(params=["eval-ppl", "generate", "inspect"])
+def reading(request, text_file):
+    """A command that reads a checkpoint, with its checks."""
+    return {
+        "eval-ppl": lambda out: ["eval-ppl", out, "--data", text_file, "--seq-len", 64, "--max-windows", 1],
+        "generate": lambda out: ["generate", out, "mix", "--max-new-tokens", 2],
+        "inspect": lambda out: ["inspect", out, "--check"],
+    }[request.param]
+
+
+def test_an_altered_byte_is_found_and_its_file_named(refused, run, out, reading):
+    shard = out / "model-00002-of-00003.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-7] ^= 1
+    shard.write_bytes(content)
+    refused("model-00002-of-00003.safetensors has been altered (SHA-256 differs)", *reading(out))
+    unchecked = [part for part in reading(out) if part != "--check"]
+    unchecked += [] if "inspect" in unchecked else ["--no-check"]
+    assert run(*unchecked)[0] == 0
+
+
+@pytest.mark.parametrize("spoil", ["truncated", "missing", "config", "added"])
+def test_a_checkpoint_that_is_not_whole_is_refused_even_without_hashes(refused, out, reading, spoil):
+    shard = out / "model-00003-of-00003.safetensors"
+    if spoil == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-1])
+        words = f"{shard.name} has {shard.stat().st_size} bytes instead of {shard.stat().st_size + 1}"
+    elif spoil == "missing":
+        shard.unlink()
+        words = f"{shard.name} is missing"
+    elif spoil == "config":
+        (out / "config.json").write_text((out / "config.json").read_text() + " ")
+        words = "config.json has "
+    else:
+        shutil.copy(shard, out / "model.safetensors")
+        words = "model.safetensors is not listed"
+    argv = [part for part in reading(out) if part != "--check"]
+    argv += [] if "inspect" in argv else ["--no-check"]
+    refused(words, *argv)
+
+
+def test_all_that_differs_is_named_at_once(refused, out):
+    for number in (1, 2):
+        (out / f"model-0000{number}-of-00003.safetensors").unlink()
+    sentence = refused("OUT differs from its manifest", "inspect", out)
+    assert sentence.count("is missing") == 2
+
+
+def test_what_is_no_checkpoint_is_refused(refused, tiny_dir, tmp_path, reading):
+    if "eval-ppl" not in reading(tiny_dir):
+        refused("is not quantized", *reading(tiny_dir))
+        refused("there is no checkpoint", *reading(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "manifest.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"a": 1' + b"0" * 5000 + b"}"]
+)
+def test_garbage_instead_of_json_is_refused(refused, out, name, content):
+    (out / name).write_bytes(content)
+    refused(name, "inspect", out)
+
+
+def test_a_config_or_tokenizer_that_makes_nothing_is_refused(refused, out, reading):
+    change_json(out / "config.json", lambda config: config.update(num_attention_heads="four"))
+    refused("the config is unusable", *reading(out))
+
+
+def test_a_broken_tokenizer_is_refused_even_if_the_manifest_agrees(refused, out, reading):
+    from tiny_checkpoints import rehash
+
+    (out / "tokenizer.json").write_text('{"version": "1.0"}')
+    rehash(out)
+    if "inspect" not in reading(out):
+        refused("the tokenizer cannot be read", *reading(out))
+
+
+def test_a_tensor_of_another_shape_is_refused_by_name(refused, out, reading):
+    change_tensor(out, "model.layers.1.mlp.down_proj.qweight", lambda t: t[:, 1:].contiguous())
+    refused("model.layers.1.mlp.down_proj.qweight is U8 [48, 37]; it must be U8 [48, 38]", *reading(out))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--max-new-tokens", 0], ["--temperature", -1]],
+)
+def test_an_impossible_generation_is_refused(refused, made, options):
+    refused("--max-new-tokens of at least 1", "generate", made, "mix", *options)
+    refused("give a prompt", "generate", made, "")
+    refused("dtype 'int4' is not one of", "generate", made, "mix", "--dtype", "int4")
+    refused("OUT has no chat template", "generate", made, "mix", "--chat")
+
+
+# Storage trouble and Ctrl-C.
+
+
+def full_disk(monkeypatch, after: int) -> list[str]:
+    """Let the disk be full at the flush number `after` + 1; answer what was flushed."""
+    flushed: list[str] = []
+    fsync = os.fsync
+
+    def flush(descriptor: int) -> None:
+        flushed.append(os.readlink(f"/proc/self/fd/{descriptor}") if os.path.exists("/proc/self/fd") else "")
+        if len(flushed) > after:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    return flushed
+
+
+@pytest.mark.parametrize(
+    ("after", "name"),
+    [
+        (0, "model-00002-of-00003.safetensors"),
+        (2, "model-00001-of-00003.safetensors"),
+        (3, "model.safetensors.index.json"),
+        (4, "config.json"),
+        (5, "README.md"),
+        (6, "manifest.json"),
+        (7, "quantize.json"),
+    ],
+)
+def test_a_full_disk_leaves_nothing_behind(refused, tiny_dir, tmp_path, text_file, monkeypatch, after, name):
+    full_disk(monkeypatch, after)
+    argv = quantize_argv(tiny_dir, tmp_path / "new" / "deep" / "OUT", text_file)
+    sentence = refused("No space left on device", *argv, code=1)
+    assert name in sentence
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_alone(refused, tiny_dir, out, text_file, monkeypatch):
+    full_disk(monkeypatch, 3)
+    refused("No space left on device", *quantize_argv(tiny_dir, out, text_file, "--overwrite"), code=1)
+
+
+def test_a_full_disk_while_the_tokenizer_is_copied_leaves_nothing_behind(
+    refused, tiny_dir, tmp_path, text_file, monkeypatch
+):
+    def copy(_source, target):
+        Path(target).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    sentence = refused("No space left", *quantize_argv(tiny_dir, tmp_path / "OUT", text_file), code=1)
+    assert "tokenizer" in sentence
+
+
+def test_a_full_disk_leaves_no_half_statistics(refused, tiny_dir, tmp_path, text_file, monkeypatch):
+    full_disk(monkeypatch, 0)
+    artefact = tmp_path / "new" / "stats.safetensors"
+    argv = ["calibrate", tiny_dir, "-o", artefact, "--n-outliers", 5, "--calib-data", text_file, *DATA]
+    refused("cannot write", *argv, code=1)
+
+
+def test_a_place_without_permission_is_a_failure_of_the_machine(
+    refused, tiny_dir, tmp_path, text_file, monkeypatch
+):
+    def forbid(path, *_args, **_options):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", forbid)
+    sentence = refused("Permission denied", *quantize_argv(tiny_dir, tmp_path / "OUT", text_file), code=1)
+    assert "OUT" in sentence
+
+
+def test_an_input_that_cannot_be_read_is_a_failure_of_the_machine(refused, tiny_dir, tmp_path, monkeypatch):
+    def fail(_source):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "model.safetensors")
+
+    monkeypatch.setattr(pipeline, "source_hash", fail)
+    argv = ["quantize", tiny_dir, tmp_path / "OUT", "--preset", "rtn"]
+    refused("model.safetensors: Input/output error", *argv, code=1)
+
+
+@pytest.mark.parametrize("place", ["write_shard", "write_index", "write_manifest", "publish"])
+def test_ctrl_c_ends_cleanly_wherever_it_comes(
+    refused, tiny_dir, out, tmp_path, text_file, monkeypatch, place
+):
+    from atomq.formats.checkpoint import CheckpointWriter
+
+    def interrupt(*_args, **_options):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(CheckpointWriter, place, interrupt)
+    words = "interrupted; nothing half-written was left behind"
+    refused(words, *quantize_argv(tiny_dir, tmp_path / "new" / "OUT", text_file), code=130)
+    refused(words, *quantize_argv(tiny_dir, out, text_file, "--overwrite"), code=130)
+
+
+def test_ctrl_c_while_a_file_is_flushed_leaves_nothing(refused, tiny_dir, tmp_path, text_file, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _descriptor: signal.raise_signal(signal.SIGINT))
+    artefact = tmp_path / "new" / "stats.safetensors"
+    argv = ["calibrate", tiny_dir, "-o", artefact, "--n-outliers", 5, "--calib-data", text_file, *DATA]
+    refused("interrupted", *argv, code=130)
+    refused("interrupted", *quantize_argv(tiny_dir, tmp_path / "OUT", text_file), code=130)
+
+
+def test_ctrl_c_between_the_two_renames_brings_the_old_checkpoint_back(
+    refused, tiny_dir, out, text_file, monkeypatch
+):
+    rename = Path.rename
+
+    def interrupted_rename(self, target):
+        if self.name.endswith(".partial"):
+            signal.raise_signal(signal.SIGINT)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted_rename)
+    refused("interrupted", *quantize_argv(tiny_dir, out, text_file, "--overwrite"), code=130)
+
+
+@pytest.mark.parametrize("command", ["eval-ppl", "generate", "inspect"])
+def test_ctrl_c_ends_every_command_with_130(refused, made, text_file, monkeypatch, command):
+    import atomq.hf
+
+    def interrupt(*_args, **_options):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(atomq.hf, "load", interrupt)
+    monkeypatch.setattr(atomq.hf, "describe", interrupt)
+    more = {"eval-ppl": ["--data", text_file], "generate": ["mix"], "inspect": []}[command]
+    refused("interrupted", command, made, *more, code=130)
+
+
+def test_the_remains_of_a_killed_run_are_no_obstacle(run, tiny_dir, tmp_path, text_file, out):
+    for remains in (tmp_path / ".OUT.partial", tmp_path / ".OUT.previous"):
+        remains.mkdir()
+        (remains / "shard").touch()
+    assert run(*quantize_argv(tiny_dir, out, text_file, "--overwrite"))[0] == 0
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_short_options_are_names_of_settings():
+    assert set(quantize_command.SHORT_NAMES.values()) <= set(setting_names())

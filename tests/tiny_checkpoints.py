@@ -1,0 +1,147 @@
+"""Tiny checkpoints of every kind, made on the spot, and ways to look at and spoil their files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from atomq import pipeline
+from atomq.config import CalibrationConfig, Recipe, override
+from atomq.presets import find_preset
+
+# Odd numbers on purpose: 43 and 75 normal channels give a short last group and a half-used last byte.
+SIZES = {"outliers.n_outliers": 5, "weights.group_size": 16, "activations.group_size": 16}
+PROGRESSIVE = {
+    "weights.channel_group": 1,
+    "weights.scale_mode": "progressive",
+    "activations.scale_mode": "progressive",
+}
+HADAMARD = {"transform": "hadamard"}
+KV_ROTATED = {
+    "kv.n_bits": 4,
+    "kv.key_position": "after_rope",
+    "kv.rotation": "hadamard",
+    "kv.clip_ratio": 0.95,
+}
+
+# Name -> preset and what is set over it: every encoding that the format knows occurs at least once.
+SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
+    "atom": ("atom", SIZES),
+    "hadamard": ("atom", SIZES | HADAMARD),
+    "progressive": ("atom", SIZES | PROGRESSIVE),
+    "progressive hadamard": ("atom", SIZES | PROGRESSIVE | HADAMARD | KV_ROTATED),
+    "asymmetric": ("atom", SIZES | {"weights.symmetric": False, "activations.symmetric": False}),
+    "fp4 bnb": ("atom", SIZES | {"weights.number_format": "fp4-bnb", "activations.number_format": "fp4-bnb"}),
+    "fp4 e2m1": (
+        "atom",
+        SIZES | {"weights.number_format": "fp4-e2m1", "activations.number_format": "fp4-e2m1"},
+    ),
+    "exponential": ("atom", SIZES | {"weights.number_format": "exponential"}),
+    "2 bits": ("atom", SIZES | {"weights.n_bits": 2, "activations.n_bits": 2, "kv.n_bits": 2}),
+    "3 bits": ("atom", SIZES | {"weights.n_bits": 3, "activations.n_bits": 3, "kv.n_bits": 3}),
+    "8 bits asymmetric": (
+        "atom",
+        SIZES | {"weights.n_bits": 8, "weights.symmetric": False, "activations.n_bits": 8, "kv.n_bits": 8},
+    ),
+    "channel group of 7": ("atom", SIZES | {"weights.channel_group": 7}),
+    "fp16 outliers": ("atom", SIZES | {"outliers.precision": "fp16"}),
+    "e5m2 outliers": ("atom", SIZES | {"outliers.precision": "e5m2"}),
+    "e4m3 outliers": ("atom", SIZES | {"outliers.precision": "e4m3", "outliers.metric": "abs_mean"}),
+    "outliers not reordered": ("atom", SIZES | {"outliers.reorder": False}),
+    "reordered without outliers": ("atom", SIZES | {"outliers.n_outliers": 0}),
+    "kv after rope": ("atom", SIZES | KV_ROTATED),
+    "kv only": ("rtn", {"weights.n_bits": 16, "activations.n_bits": 16} | KV_ROTATED),
+    "w16a4": ("atom", SIZES | {"weights.n_bits": 16, "solver.method": "rtn"}),
+    "w16a4 hadamard": ("atom", SIZES | HADAMARD | {"weights.n_bits": 16, "solver.method": "rtn"}),
+    "w4a16": ("w4a16", {"weights.group_size": 16}),
+    "w8a8": ("w8a8", {}),
+    "rtn": ("rtn", {"weights.group_size": 16, "activations.group_size": 16}),
+}
+
+
+def recipe_of(scheme: str) -> Recipe:
+    preset, settings = SCHEMES[scheme]
+    return override(find_preset(preset), settings)
+
+
+def calibration_text(folder: Path) -> Path:
+    """A text of about 2 kB."""
+    path = folder / "calibration.txt"
+    path.write_text(" ".join(f"{i * 7919 % 1009} words" for i in range(220)), encoding="utf-8")
+    return path
+
+
+def quantize_tiny(
+    model: Path, out: Path, scheme: str = "atom", n_samples: int = 4, **options: Any
+) -> pipeline.QuantizeResult:
+    """Quantize a tiny model on four windows of 32 tokens."""
+    calibration = CalibrationConfig(str(calibration_text(out.parent)), n_samples, seq_len=32)
+    return pipeline.quantize(str(model), out, recipe_of(scheme), "cpu", calibration=calibration, **options)
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of all shards, as stored."""
+    tensors = {}
+    for path in shards(folder):
+        with safe_open(path, framework="pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return tensors
+
+
+def raw_bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def change_tensor(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
+    """Put `change(tensor)` (or the tensor changed in place) into its shard, and correct the manifest."""
+    for path in shards(folder):
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            metadata = file.metadata()
+        if name in tensors:
+            result = change(tensors[name])
+            tensors[name] = tensors[name] if result is None else result
+            save_file(tensors, path, metadata)
+            rehash(folder)
+            return
+    raise KeyError(name)
+
+
+def change_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change a JSON file of a checkpoint in place, and correct the manifest."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    change(content)
+    path.write_text(json.dumps(content), encoding="utf-8")
+    if path.name != "manifest.json":
+        rehash(path.parent)
+
+
+def rehash(folder: Path) -> None:
+    """Make the manifest true again for the files that it lists."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    for name in manifest["files"]:
+        if (folder / name).is_file():
+            content = (folder / name).read_bytes()
+            digest = hashlib.sha256(content).hexdigest()
+            manifest["files"][name] = {"bytes": len(content), "sha256": digest}
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def files_outside_reports(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.relative_to(folder).parts[0] != "reports"
+    }
