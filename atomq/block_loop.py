@@ -222,7 +222,7 @@ def _prepare_block(
                     bias.data = reordered
     for name, linear in linears.items():
         weight = weights[name]
-        weight = transform_input(weight, scheme) if scheme.transform != "none" else weight
+        weight = transform_input(weight, scheme) if linear.scheme.transform != "none" else weight
         linear.set_float_weight(weight.to(storage_dtype) if scheme.weights.n_bits == FLOAT_BITS else weight)
     return linears
 

@@ -399,14 +399,26 @@ def spoil_family(**changes):
         (spoil_family(key="self_attn.q_norm"), "does not fit the model"),
         (spoil_family(groups=[]), "is empty"),
         (spoil_family(groups="abc"), "not readable"),
-        (spoil_family(groups=[{"linears": ["mlp.no_proj"], "absorbed_by": []}]), "does not fit the model"),
-        (spoil_family(groups=[{"linears": ["mlp"], "absorbed_by": []}]), "does not fit the model"),
         (
-            spoil_family(groups=[{"linears": ["mlp.up_proj", "mlp.up_proj"], "absorbed_by": []}]),
+            spoil_family(groups=[{"linears": ["mlp.no_proj"], "absorbed_by": [], "transformed": True}]),
             "does not fit the model",
         ),
         (
-            spoil_family(groups=[{"linears": ["mlp.up_proj"], "absorbed_by": ["self_attn.o_proj"]}]),
+            spoil_family(groups=[{"linears": ["mlp"], "absorbed_by": [], "transformed": True}]),
+            "does not fit the model",
+        ),
+        (
+            spoil_family(
+                groups=[{"linears": ["mlp.up_proj", "mlp.up_proj"], "absorbed_by": [], "transformed": True}]
+            ),
+            "does not fit the model",
+        ),
+        (
+            spoil_family(
+                groups=[
+                    {"linears": ["mlp.up_proj"], "absorbed_by": ["self_attn.o_proj"], "transformed": True}
+                ]
+            ),
             "does not fit the model",
         ),
     ],

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from atomq.commands import console
-from atomq.commands.options import DeviceOption, JsonOption
+from atomq.commands.options import BackendOption, DeviceOption, JsonOption
+from atomq.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,6 +42,7 @@ def command(
     dtype: Annotated[
         str, typer.Option(help="Arithmetic between linears: float32, float16 or bfloat16.")
     ] = "float32",
+    backend: BackendOption = "simulation",
     json_output: JsonOption = False,
 ) -> None:
     from atomq.eval.perplexity import PerplexityProgress, evaluate_perplexity
@@ -49,6 +51,7 @@ def command(
 
     place = choose_device(device)
     tested, tokenizer = open_model(model, str(place), dtype, check_hashes=not no_check)
+    choose_backend(tested, backend)
     windows = evaluation_windows(tokenizer, data, seq_len, max_windows)
     reference = None
     if baseline is not None:
@@ -68,6 +71,7 @@ def command(
         "n_tokens": result.n_tokens,
         "dtype": dtype,
         "device": place.type,
+        "backend": backend,
         "ppl": result.ppl,
     }
     if baseline is not None:
@@ -84,6 +88,21 @@ def command(
         rows.insert(0, [record["baseline"], f"{result.baseline_ppl:.4f}", ""])
     title = f"{windows.corpus}: {result.n_windows} windows of {result.seq_len} tokens"
     console.print_table(title, ["model", "perplexity", "KL from baseline (nats)"], rows)
+
+
+def choose_backend(model: PreTrainedModel, backend: str) -> None:
+    """Let the kernels compute `model` if `backend` says so.
+
+    Raises:
+        ConfigError: there is no such backend.
+        KernelError: the kernels cannot run here, or do not take this model.
+    """
+    if backend not in ("simulation", "kernels"):
+        raise ConfigError(f"--backend {backend} is not one of simulation, kernels")
+    if backend == "kernels":
+        from atomq.kernels.linear import use_kernels
+
+        use_kernels(model)
 
 
 def open_model(

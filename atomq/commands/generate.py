@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from atomq.commands import console
-from atomq.commands.options import CheckpointArgument, DeviceOption, JsonOption
+from atomq.commands.options import BackendOption, CheckpointArgument, DeviceOption, JsonOption
 from atomq.errors import ConfigError
 
 HELP = "Continue a prompt with a checkpoint."
@@ -25,6 +25,7 @@ def command(
     no_check: Annotated[bool, typer.Option("--no-check", help="Skip the SHA-256 check.")] = False,
     device: DeviceOption = "auto",
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    backend: BackendOption = "simulation",
     json_output: JsonOption = False,
 ) -> None:
     if max_new_tokens < 1 or temperature < 0 or not prompt:
@@ -32,11 +33,13 @@ def command(
     import torch
 
     from atomq import hf
+    from atomq.commands.eval_ppl import choose_backend
     from atomq.pipeline import choose_device
 
     console.silence_libraries()
     place = choose_device(device)
     model = hf.load(checkpoint, device=str(place), dtype=dtype, check_hashes=not no_check)
+    choose_backend(model, backend)
     tokenizer = hf.load_checkpoint_tokenizer(checkpoint)
     if chat and not tokenizer.chat_template:
         raise ConfigError(f"{checkpoint.name} has no chat template; leave --chat away")

@@ -36,6 +36,9 @@ SeqLenOption = Annotated[
 ]
 SeedOption = Annotated[int, typer.Option(help="Seed for drawing windows.", rich_help_panel="Calibration")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+BackendOption = Annotated[
+    str, typer.Option(help="simulation (torch, float32) or kernels (the GPU's INT4 kernels).")
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout, nothing else there.")
 ]

@@ -53,7 +53,11 @@ def parse_quantization_config(config: Mapping[str, Any]) -> tuple[ModelFamily, Q
 def _parse_family(value: Any) -> ModelFamily:
     try:
         groups = tuple(
-            LinearGroup(tuple(map(str, group["linears"])), tuple(map(str, group["absorbed_by"])))
+            LinearGroup(
+                tuple(map(str, group["linears"])),
+                tuple(map(str, group["absorbed_by"])),
+                _boolean(group["transformed"]),
+            )
             for group in value["groups"]
         )
         names = {name: str(value[name]) for name in asdict(ModelFamily("", ())) if name != "groups"}
@@ -64,6 +68,12 @@ def _parse_family(value: Any) -> ModelFamily:
     if not groups or not all(group.linears for group in groups):
         raise CheckpointError("config.json: the table of linear groups is empty")
     return ModelFamily(groups=groups, **names)
+
+
+def _boolean(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{value!r} is neither true nor false")
+    return value
 
 
 def linear_tensors(

@@ -21,10 +21,12 @@ class LinearGroup:
             group's tensors on disk.
         absorbed_by: linears of the same block whose output rows are stored in this group's order, so
             that the activation arrives reordered; empty if the order is gathered at run time.
+        transformed: whether the scheme's in-group transform applies to this group.
     """
 
     linears: tuple[str, ...]
     absorbed_by: tuple[str, ...] = ()
+    transformed: bool = True
 
     @property
     def owner(self) -> str:

@@ -6,6 +6,7 @@ alike.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,7 @@ def install_linears(block: nn.Module, family: ModelFamily, scheme: QuantScheme) 
         return {}
     installed: dict[str, QuantizedLinear] = {}
     for group in family.groups:
+        of_group = scheme if group.transformed else dataclasses.replace(scheme, transform="none")
         for name in group.linears:
             linear = block.get_submodule(name)
             assert isinstance(linear, nn.Linear), name
@@ -41,7 +43,7 @@ def install_linears(block: nn.Module, family: ModelFamily, scheme: QuantScheme) 
                 owner = None if name == group.owner else installed[group.owner]
                 order = InputOrder(owner, gathered=not group.absorbed_by)
             installed[name] = QuantizedLinear(
-                linear.in_features, linear.out_features, scheme, linear.bias, order
+                linear.in_features, linear.out_features, of_group, linear.bias, order
             )
             block.set_submodule(name, installed[name])
     return installed

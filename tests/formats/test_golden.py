@@ -187,7 +187,9 @@ def test_index_config_and_manifest_have_their_golden_text(tmp_path):
         },
         "family": {
             "model_type": "llama",
-            "groups": [{"linears": ["self_attn.q_proj", "self_attn.k_proj"], "absorbed_by": []}],
+            "groups": [
+                {"linears": ["self_attn.q_proj", "self_attn.k_proj"], "absorbed_by": [], "transformed": True}
+            ],
             "key": "self_attn.k_proj",
             "value": "self_attn.v_proj",
             "blocks": "model.layers",

@@ -188,7 +188,7 @@ def without(path: str):
         (without("family.blocks"), "the table of linear groups is not readable"),
         (set_at("family.groups", []), "the table of linear groups is empty"),
         (
-            set_at("family.groups", [{"linears": [], "absorbed_by": []}]),
+            set_at("family.groups", [{"linears": [], "absorbed_by": [], "transformed": True}]),
             "the table of linear groups is empty",
         ),
         (set_at("family.groups", [{"linears": ["a"]}]), "the table of linear groups is not readable"),

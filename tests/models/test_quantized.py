@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -223,3 +224,18 @@ def test_a_deep_copy_of_a_block_quantizes_its_cache_too(key_position):
     expected = attend(model, block, kv, hidden, positions)
     twin = copy.deepcopy(block).self_attn
     assert torch.equal(twin(hidden, position_embeddings=positions, attention_mask=None)[0], expected)
+
+
+def test_a_group_that_is_flagged_so_is_not_transformed():
+    model = make_tiny_model()
+    family = find_family("llama")
+    first, *others = family.groups
+    partly = dataclasses.replace(family, groups=(dataclasses.replace(first, transformed=False), *others))
+    activations, weights = ActivationScheme(group_size=16), WeightScheme(group_size=16)
+    scheme = QuantScheme(weights, activations, transform="hadamard")
+    linears = install_linears(model.model.layers[0], partly, scheme)
+    assert {name for name, linear in linears.items() if linear.scheme.transform == "none"} == {
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+    }
