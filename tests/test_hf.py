@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import atomq
 import atomq.hf
+from atomq.config import CalibrationConfig, override
 from atomq.errors import CheckpointError, ConfigError
 from atomq.numerics.linear import QuantizedLinear
 
@@ -120,6 +121,22 @@ def test_every_scheme_changes_the_model(checkpoint, source, scheme):
     original = AutoModelForCausalLM.from_pretrained(source("llama"))
     error = (original(TOKENS).logits - atomq.load(checkpoint("llama", scheme).path)(TOKENS).logits).abs()
     assert 1e-4 < float(error.detach().mean()) < 3
+
+
+@pytest.mark.parametrize("kind", TINY_MODELS)
+@pytest.mark.parametrize("transform", ["none", "hadamard"])
+def test_with_8_bit_weights_a_reordered_model_is_nearly_the_original(source, tmp_path, kind, transform):
+    """Permutations, reordered rows and biases, and the transform are where they belong."""
+    settings = {"weights.n_bits": 8, "activations.n_bits": 16, "kv.n_bits": 16, "transform": transform}
+    settings |= {"activations.group_size": 16, "outliers.precision": "fp16", "solver.method": "rtn"}
+    recipe = override(tiny_checkpoints.recipe_of("atom"), settings)
+    text = tiny_checkpoints.calibration_text(tmp_path)
+    calibration = CalibrationConfig(str(text), n_samples=4, seq_len=32)
+    atomq.quantize(str(source(kind)), tmp_path / "OUT", recipe, "cpu", calibration=calibration)
+    perms = [t for name, t in stored_tensors(tmp_path / "OUT").items() if name.endswith("perm")]
+    assert not any(torch.equal(perm, torch.arange(len(perm))) for perm in perms)
+    original = AutoModelForCausalLM.from_pretrained(source(kind))(TOKENS).logits
+    assert torch.allclose(atomq.load(tmp_path / "OUT")(TOKENS).logits, original, atol=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -230,6 +247,18 @@ def test_every_kind_of_float_code_survives_half(checkpoint, scheme):
     assert_exact(model.half(), folder)
     assert_exact(model.float(), folder)
     assert float((model(TOKENS).logits - before).abs().mean()) < 0.2  # norms and embeddings were rounded
+
+
+@pytest.mark.parametrize("scheme", ["atom", "progressive", "e4m3 outliers"])
+def test_float_codes_are_those_of_the_file_whatever_transformers_made_of_them(checkpoint, scheme):
+    folder = checkpoint("llama", scheme).path
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if name in EXACT and buffer.is_floating_point():
+                module._buffers[name] = buffer.to(torch.bfloat16)
+    model.hf_quantizer._process_model_after_weight_loading(model)
+    assert_exact(model, folder)
 
 
 def test_the_16_bit_weights_of_a_reordered_model_keep_their_perm_in_half(checkpoint):

@@ -1,0 +1,172 @@
+"""`atomq bench-gemm`: the GEMM kernels, checked and timed beside their peers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from atomq.commands import console
+from atomq.commands.options import JsonOption
+from atomq.errors import ConfigError
+
+if TYPE_CHECKING:
+    from atomq.eval.gemm_bench import Mode, Result
+
+HELP = "Check the GEMM kernels against exact arithmetic, then time them beside fp16, INT8 and FP8."
+MODES: list[Mode] = ["w4a4", "w4a4-progressive", "w4a16"]
+MAX_W4A16_TOKENS = 64  # the W4A16 kernel is made for decoding
+
+
+def command(
+    model: Annotated[
+        str, typer.Option(help="Shapes of a model: llama-2-7b, llama-3-8b, llama-3-70b, smollm2-135m.")
+    ] = "llama-2-7b",
+    shape: Annotated[
+        list[str] | None, typer.Option(metavar="NxK", help="Output channels x inputs; in place of --model.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Shapes of a checkpoint's linears; in place of --model.")
+    ] = None,
+    tokens: Annotated[str, typer.Option(help="Numbers of tokens.")] = "1,16,64,128,256,1024,4096",
+    compile_only: Annotated[
+        bool, typer.Option("--compile-only", help="No GPU: compile every kernel for every architecture.")
+    ] = False,
+    save: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write the record.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw the speed-up over fp16.")
+    ] = None,
+    json_output: JsonOption = False,
+) -> None:
+    from atomq.eval import gemm_bench
+
+    if compile_only:
+        _compile_everything(json_output)
+        return
+    for path, endings in ((save, (".json",)), (plot, (".png", ".svg"))):
+        if path is not None and path.suffix not in endings:
+            raise ConfigError(f"{path} must end in {' or '.join(endings)}")
+    shapes = _shapes(model, shape or [], checkpoint)
+    counts = parse_tokens(tokens)
+    results: list[Result] = []
+    n_cases = len(shapes) * len(counts) * (len(MODES) + len(gemm_bench.TORCH_PEERS))
+    with console.progress("bench-gemm") as on_progress:
+        for mode in MODES:
+            allowed = [m for m in counts if mode != "w4a16" or m <= MAX_W4A16_TOKENS]
+            peers = gemm_bench.TORCH_PEERS if mode == MODES[0] else ()
+            for result in gemm_bench.bench(shapes, allowed, [mode], peers=peers):
+                results.append(result)
+                on_progress(len(results), n_cases, f"{result.name} {result.n_channels}x{result.n_inputs}")
+    record = {**gemm_bench.environment(), "results": [result.to_dict() for result in results]}
+    if save is not None:
+        from atomq.formats.files import write_json
+
+        write_json(save, record)
+    if plot is not None:
+        from atomq.formats.gemm_plot import draw_speedups
+
+        draw_speedups(plot, record["results"], record["gpu"])
+    if json_output:
+        console.print_json(record)
+    else:
+        for size in shapes:
+            _print_shape(size, [r for r in results if (r.n_channels, r.n_inputs) == size], record["gpu"])
+
+
+def parse_tokens(text: str) -> list[int]:
+    """ "1,16,64" -> [1, 16, 64].
+
+    Raises:
+        ConfigError: something in it is not a number of at least 1.
+    """
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise ConfigError(
+            f"--tokens {text} must be numbers of at least 1 with commas between, such as 1,16,64"
+        )
+    return counts
+
+
+def _shapes(model: str, texts: list[str], checkpoint: Path | None) -> list[tuple[int, int]]:
+    from atomq.eval.gemm_bench import MODEL_SHAPES
+
+    if checkpoint is not None:
+        from atomq.hf import checkpoint_shapes
+
+        return checkpoint_shapes(checkpoint)
+    if texts:
+        return [_parse_shape(text) for text in texts]
+    if model not in MODEL_SHAPES:
+        raise ConfigError(f"unknown model {model!r}; shapes are known of {', '.join(MODEL_SHAPES)}")
+    return list(MODEL_SHAPES[model])
+
+
+def _parse_shape(text: str) -> tuple[int, int]:
+    n, _, k = text.lower().partition("x")
+    if not (n.isdigit() and k.isdigit() and int(n) and int(k) > 128):
+        raise ConfigError(
+            f"--shape {text} must look like 4096x4096 (output channels x inputs, inputs above 128)"
+        )
+    return int(n), int(k)
+
+
+def _print_shape(size: tuple[int, int], results: list[Result], gpu: str) -> None:
+    fp16 = {r.n_tokens: r.timing.graph_us for r in results if r.name == "fp16"}
+    peers = [r for r in results if r.error is None]
+    best = {m: min((r.timing.graph_us for r in peers if r.n_tokens == m), default=None) for m in fp16}
+    rows = []
+    for r in sorted(results, key=lambda r: (r.n_tokens, r.error is None)):
+        reference, rival = fp16.get(r.n_tokens), best.get(r.n_tokens)
+        rows.append(
+            [
+                r.name,
+                str(r.n_tokens),
+                f"{r.timing.graph_us:.1f}",
+                f"{r.timing.cold_us:.1f}",
+                f"{r.tops:.0f}",
+                f"{r.gigabytes_per_s:.0f}",
+                f"{100 * r.floor_us / r.timing.graph_us:.0f} %",
+                "" if reference is None else f"{reference / r.timing.graph_us:.2f}x",
+                "" if rival is None else f"{rival / r.timing.graph_us:.2f}x",
+            ]
+        )
+    columns = [
+        "kernel",
+        "tokens",
+        "us",
+        "us, cold",
+        "TOP/s",
+        "GB/s",
+        "of floor",
+        "over fp16",
+        "over best peer",
+    ]
+    console.print_table(f"{size[0]} x {size[1]} on {gpu}", columns, rows)
+
+
+def _compile_everything(json_output: bool) -> None:
+    from atomq.kernels.variants import ARCHITECTURES, compile_variants
+
+    with console.progress("compile") as on_progress:
+        built = list(compile_variants(on_progress))
+    record: list[dict[str, Any]] = [variant.to_dict() for variant in built]
+    if json_output:
+        console.print_json({"architectures": list(ARCHITECTURES), "kernels": record})
+        return
+    rows = [
+        [
+            f"{v.name} {json.dumps(v.defines)}",
+            v.arch,
+            str(v.registers),
+            str(v.shared_bytes),
+            str(v.spill_bytes),
+        ]
+        for v in built
+    ]
+    columns = ["kernel", "architecture", "registers", "shared bytes", "spilled bytes"]
+    console.print_table("kernels compiled by NVRTC", columns, rows)

@@ -1,0 +1,103 @@
+"""Every kernel on every architecture that it is made for: what `bench-gemm --compile-only` builds.
+
+No GPU is needed. One entry stands for each template: each prologue, each engine, each tile of a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from atomq.kernels import gemm
+from atomq.kernels.activations import Prologue
+from atomq.kernels.gemm import Engine
+from atomq.kernels.loader import ARCHITECTURES, compile_for
+
+HOPPER = "sm_90a"
+NATIVE_INT4 = ("sm_80", "sm_86", "sm_89")  # from sm_90 on INT4 mma is emulated, and never built
+SHOWN_TOKENS = (1, 16, 64, 128, 256, 4096)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compiled kernel; sizes in bytes, shared memory as far as it is static."""
+
+    name: str
+    arch: str
+    defines: dict[str, int | str]
+    registers: int
+    shared_bytes: int
+    spill_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+def compile_variants(on_progress: Callable[[float, int, str], None]) -> Iterator[Variant]:
+    """Compile all variants, telling `on_progress` of each.
+
+    Raises:
+        KernelError: no CuPy or NVRTC here, or a source that does not compile.
+    """
+    wanted = list(all_variants())
+    for index, (name, arch, defines) in enumerate(wanted):
+        on_progress(index, len(wanted), f"{name} {arch}")
+        built = compile_for(name, arch, **defines)
+        yield Variant(name, arch, defines, built.registers, built.shared_bytes, built.spill_bytes)
+    on_progress(len(wanted), len(wanted), "done")
+
+
+def all_variants() -> Iterator[tuple[str, str, dict[str, int | str]]]:
+    """Kernel, architecture and defines of each variant."""
+    for arch in ARCHITECTURES:
+        for codebook in (0, 1):
+            yield "gptq_block", arch, {"CODEBOOK": codebook, "N_WARPS": 8}
+        for scale_bytes in (1, 2, 4):
+            yield "repack_w4", arch, _repack_defines(scale_bytes)
+        for prologue in Prologue:
+            yield "quantize_act", arch, _quantize_defines(prologue)
+        for hadamard in (0, 1):
+            heads: dict[str, int | str] = {"ELEMENT": "__half", "HEAD_DIM": 128, "HADAMARD": hadamard}
+            heads |= {"LOAD_WIDTH": 8, "STORE_WIDTH": 8, "THREADS": 256}
+            yield "quantize_kv", arch, heads
+            yield "dequantize_kv", arch, heads
+        for engine in (Engine.MMA_INT8, *([Engine.MMA_INT4] if arch in NATIVE_INT4 else [])):
+            for tokens in (16, 64):
+                yield "sm80_w4a4_gemm", arch, gemm.sm80_defines(tokens, engine, 128, 2, False, torch.float16)
+    for scale_bytes in (2, 1):
+        progressive = scale_bytes == 1
+        for tile in dict.fromkeys(gemm.choose_tile(n, 128, progressive) for n in SHOWN_TOKENS):
+            yield (
+                "sm90_w4a4_gemm",
+                HOPPER,
+                gemm.sm90_defines(tile, 128, scale_bytes, progressive, torch.float16),
+            )
+    for tile in dict.fromkeys(gemm.choose_w4a16_tile(n) for n in (1, 16, 64)):
+        defines = gemm.sm90_w4a16_defines(tile, 128, 2, torch.float16, torch.float16)
+        yield "sm90_w4a16_gemm", HOPPER, defines
+
+
+def _repack_defines(scale_bytes: int) -> dict[str, int | str]:
+    return {
+        "PROGRESSIVE": int(scale_bytes == 1),
+        "GROUP_SIZE": 128,
+        "SCALE_BYTES": scale_bytes,
+        "CHANNEL_GROUP": 1,
+    }
+
+
+def _quantize_defines(prologue: Prologue) -> dict[str, int | str]:
+    return {
+        "ELEMENT": "__half",
+        "PROLOGUE": int(prologue),
+        "GATHER": 1,
+        "HADAMARD": 1,
+        "GROUP_SIZE": 128,
+        "PROGRESSIVE": 0,
+        "LOAD_WIDTH": 8,
+        "N_BUFFERS": 2,
+        "MAX_WARPS": 8,
+    }
