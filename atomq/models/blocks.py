@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,18 @@ class BlockInputs:
                     self.hidden[start : start + step] = output[0] if isinstance(output, tuple) else output
                 if on_batch is not None:
                     on_batch(batch.shape[0])
+
+    def observe(self, block: nn.Module, on_batch: Callable[[int], None] | None = None) -> None:
+        """Pass all windows through `block` until something inside raises `InputSeen`; outputs are not kept."""
+        step = max(1, TOKENS_PER_BATCH // self.hidden.shape[1])
+        with torch.inference_mode():
+            for start in range(0, self.hidden.shape[0], step):
+                with contextlib.suppress(InputSeen):
+                    block(self.hidden[start : start + step], **self.arguments)
+
+
+class InputSeen(Exception):
+    """Raised by an observer that has seen all that it wanted of a pass through a block."""
 
 
 def blocks_of(model: PreTrainedModel, family: ModelFamily) -> nn.ModuleList:
