@@ -22,7 +22,7 @@ from atomq.method.hessian import HessianAccumulator
 from atomq.method.reorder import reorder_inputs, reorder_outputs
 from atomq.method.solve import SolvedLinear, solve_group
 from atomq.method.statistics import StatisticsAccumulator, channel_order
-from atomq.models.blocks import BlockInputs, blocks_of, capture_block_inputs, linear_shapes
+from atomq.models.blocks import BlockInputs, InputSeen, blocks_of, capture_block_inputs, linear_shapes
 from atomq.models.families import LinearGroup, ModelFamily, find_family
 from atomq.models.quantized import attention_for, head_dim_of, install_kv_quantizer, install_linears
 from atomq.numerics.channels import ChannelStatistics
@@ -79,7 +79,7 @@ def calibrate_blocks(
         on_progress(index, len(blocks), "channel statistics")
         block.to(device)
         accumulators = _watch_inputs(block, family)
-        inputs.run(block, keep_output=True, on_batch=_within_block(on_progress, index, len(blocks), inputs))
+        inputs.run(block, _within_block(on_progress, index, len(blocks), inputs))
         for name, (accumulator, hook) in accumulators.items():
             hook.remove()
             statistics[f"{family.blocks}.{index}.{name}"] = accumulator.result()
@@ -134,10 +134,14 @@ def quantize_blocks(
         hessians: dict[str, HessianAccumulator] = {}
         if inputs is not None:
             on_progress(index, len(blocks), "Hessians")
-            hessians = _collect_hessians(block, linears, family, inputs)
+            if recipe.solver.calibration == "block":
+                hessians = _collect_hessians(block, linears, family.groups, inputs)
             clock.lap("hessians")
         if scheme.weights.n_bits < FLOAT_BITS:
             for group in family.groups:
+                if inputs is not None and recipe.solver.calibration == "sequential":
+                    hessians = _collect_hessians(block, linears, (group,), inputs)
+                    clock.lap("hessians")
                 on_progress(index + 0.5, len(blocks), f"{prefix}.{group.owner}")
                 solved = _solve(group, linears, hessians.get(group.owner), recipe)
                 reports += [
@@ -151,10 +155,10 @@ def quantize_blocks(
                     )
                     for name, s in zip(group.linears, solved, strict=True)
                 ]
-            clock.lap("solving")
+                clock.lap("solving")
         if inputs is not None:
             on_progress(index + 0.8, len(blocks), "forward")
-            inputs.run(block, keep_output=True)
+            inputs.run(block)
             if not bool(torch.isfinite(inputs.hidden).all()):
                 raise AtomqError(f"{prefix} gives values that are not finite on the calibration text")
             clock.lap("forward")
@@ -228,20 +232,32 @@ def _prepare_block(
 
 
 def _collect_hessians(
-    block: nn.Module, linears: dict[str, QuantizedLinear], family: ModelFamily, inputs: BlockInputs
+    block: nn.Module,
+    linears: dict[str, QuantizedLinear],
+    groups: tuple[LinearGroup, ...],
+    inputs: BlockInputs,
 ) -> dict[str, HessianAccumulator]:
-    """One pass over all windows; Hessians of the quantized inputs by the group's first linear."""
+    """Hessians of the quantized inputs of `groups` by owner, from one pass as far as the last of them."""
     n_tokens = inputs.hidden.shape[0] * inputs.hidden.shape[1]
     hessians = {}
-    for group in family.groups:
+    for group in groups:
         linear = linears[group.owner]
         width = linear.in_features
-        hessians[group.owner] = HessianAccumulator(width, inputs.hidden.device, holdout=n_tokens < width)
-        linear.observer = hessians[group.owner].add
-    inputs.run(block, keep_output=False)
-    for group in family.groups:
+        accumulator = HessianAccumulator(width, inputs.hidden.device, holdout=n_tokens < width)
+        hessians[group.owner] = accumulator
+        linear.observer = accumulator.add if group is not groups[-1] else _add_and_stop(accumulator)
+    inputs.observe(block)
+    for group in groups:
         linears[group.owner].observer = None
     return hessians
+
+
+def _add_and_stop(accumulator: HessianAccumulator) -> Callable[[torch.Tensor], None]:
+    def observe(x: torch.Tensor) -> None:
+        accumulator.add(x)
+        raise InputSeen
+
+    return observe
 
 
 def _solve(

@@ -170,16 +170,28 @@ class SolverConfig:
         scale_span: divisor of a symmetric scale: "half" = (2^n_bits - 1) / 2 as GPTQ has it (7.5 for 4 bits),
             "full" = 2^(n_bits-1) - 1 as rounding to nearest has it (7).
         damp_frac: fraction of the mean Hessian diagonal added to it ("percdamp" in GPTQ's code).
+        clip_search: how a group's clip ratio is found: "none" takes `clip_ratio`; "mse" and "hessian" search
+            ratios from `clip_ratio` down for the least rounding error, plain or weighted by how much each
+            column's error costs (`method.gptq`).
+        calibration: "block" collects all Hessians of a block in one pass before any is solved (Atom);
+            "sequential" lets each group see the codes of the groups before it.
     """
 
     method: Literal["gptq", "rtn"] = "gptq"
     clip_ratio: float = 1.0
     scale_span: Literal["half", "full"] = "full"
     damp_frac: float = 0.01
+    clip_search: Literal["none", "mse", "hessian"] = "none"
+    calibration: Literal["block", "sequential"] = "block"
 
     def __post_init__(self) -> None:
         _check_fields("solver", self)
         _check_ratio("solver.clip_ratio", self.clip_ratio)
+        if self.method == "rtn" and self.clip_search == "hessian":
+            raise ConfigError(
+                "solver.clip_search hessian weighs errors by GPTQ's Hessian, and solver.method=rtn has none; "
+                "use solver.clip_search=mse or none"
+            )
         if not 0 < self.damp_frac <= 10:
             raise ConfigError(f"solver.damp_frac={self.damp_frac} must lie above 0 and at most at 10")
 

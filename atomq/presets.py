@@ -35,7 +35,7 @@ PRESETS: dict[str, Recipe] = {
     # Weights only, for servers that compute in 16 bits.
     "w4a16": Recipe(
         QuantScheme(WeightScheme(n_bits=4, group_size=128), ActivationScheme(n_bits=FLOAT_BITS)),
-        SolverConfig(method="gptq", scale_span="full"),
+        SolverConfig(method="gptq", clip_search="hessian", calibration="sequential"),
     ),
     # INT8 per row and per token. Needs no calibration.
     "w8a8": Recipe(

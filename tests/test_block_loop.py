@@ -20,9 +20,11 @@ from atomq.config import (
     Recipe,
     SolverConfig,
     WeightScheme,
+    override,
 )
 from atomq.errors import AtomqError, ConfigError
 from atomq.method.hessian import HessianAccumulator
+from atomq.models.blocks import capture_block_inputs
 from atomq.models.families import find_family
 from atomq.numerics.channels import ChannelStatistics
 from atomq.numerics.linear import QuantizedLinear
@@ -479,3 +481,37 @@ def test_a_deep_copy_of_a_quantized_model_computes_the_same():
     model, _ = quantized("qwen3", ATOM)
     expected = model(TOKENS).logits
     assert torch.equal(copy.deepcopy(model)(TOKENS).logits, expected)
+
+
+def test_in_sequence_every_group_sees_the_codes_of_those_before_it(monkeypatch):
+    """So its Hessian is that of the finished block; with one pass for the block it is not."""
+    seen: dict[str, dict[int, torch.Tensor]] = {}
+    original = block_loop.solve_group
+    for mode in ("sequential", "block"):
+        model = make_tiny_model()
+        hessians: list[torch.Tensor] = []
+
+        def solve(weights, hessian, scheme, solver, hessians=hessians):
+            hessians.append(hessian.hessian)
+            return original(weights, hessian, scheme, solver)
+
+        monkeypatch.setattr(block_loop, "solve_group", solve)
+        recipe = override(ATOM, {"solver.calibration": mode})
+        family = find_family("llama")
+        inputs = capture_block_inputs(model, family, TOKENS, CPU)
+        quantize_blocks(model, recipe, CPU, lambda *_: None, TOKENS)
+        block = model.model.layers[0]
+        finished = []
+        for group in family.groups:
+            linear = block.get_submodule(group.owner)
+            accumulator = HessianAccumulator(linear.in_features, CPU, holdout=False)
+            linear.observer = accumulator.add
+            finished.append(accumulator)
+        inputs.run(block)
+        seen[mode] = {
+            i: (hessians[i] - accumulator.hessian).norm() / accumulator.hessian.norm()
+            for i, accumulator in enumerate(finished)
+        }
+    assert all(distance < 1e-5 for distance in seen["sequential"].values()), seen
+    assert seen["block"][0] < 1e-5
+    assert seen["block"][3] > 1e-3

@@ -126,6 +126,7 @@ def refused(message: str):
         (lambda: SolverConfig(method="awq"), "solver.method='awq' does not exist; choose one of gptq, rtn"),
         (lambda: SolverConfig(clip_ratio=0), "solver.clip_ratio=0 must lie above 0 and at most at 1"),
         (lambda: SolverConfig(scale_span="7.5"), "solver.scale_span='7.5' does not exist"),
+        (lambda: SolverConfig("rtn", clip_search="hessian"), "weighs errors by GPTQ's Hessian"),
         (lambda: SolverConfig(damp_frac=0), "solver.damp_frac=0 must lie above 0 and at most at 10"),
         (lambda: SolverConfig(damp_frac=11.0), "solver.damp_frac=11.0 must lie above 0"),
         (

@@ -21,6 +21,7 @@ from atomq.numerics.weights import (
     QuantizedWeight,
     find_base_scales,
     find_group_scales,
+    search_group_scales,
     spread_rows,
     weight_grid,
 )
@@ -90,9 +91,9 @@ def gptq_quantize(
     codes = torch.empty(n_rows, n_normal, dtype=torch.int16, device=W.device)
     groups: list[GroupScales] = []
     for group_start, group_end in group_bounds(n_normal, weights.group_size):
-        group = find_group_scales(
-            W[:, group_start:group_end], weights, solver.clip_ratio, solver.scale_span, base
-        )
+        # An error in column j costs the output error^2 / hinv_chol[j, j]^2 after compensation (GPTQ, eq. 2).
+        cost = hinv_chol.diagonal()[group_start:group_end] ** -2
+        group = _find_scales(W[:, group_start:group_end], cost, scheme, solver, base)
         groups.append(group)
         scales = spread_rows(group.scales, n_rows, weights.channel_group)
         zeros = None if group.zeros is None else spread_rows(group.zeros, n_rows, weights.channel_group)
@@ -116,7 +117,7 @@ def rtn_quantize(weight: torch.Tensor, scheme: QuantScheme, solver: SolverConfig
     groups: list[GroupScales] = []
     for start, end in group_bounds(n_normal, weights.group_size):
         columns = weight[:, start:end]
-        group = find_group_scales(columns, weights, solver.clip_ratio, solver.scale_span, base)
+        group = _find_scales(columns, columns.new_ones(end - start), scheme, solver, base)
         groups.append(group)
         scales = spread_rows(group.scales, n_rows, weights.channel_group).unsqueeze(-1)
         zeros = group.zeros
@@ -124,6 +125,22 @@ def rtn_quantize(weight: torch.Tensor, scheme: QuantScheme, solver: SolverConfig
             zeros = spread_rows(zeros, n_rows, weights.channel_group).unsqueeze(-1)
         codes[:, start:end] = grid.round(columns / scales, zeros).to(torch.int16)
     return _assemble(codes, groups, base, weight[:, n_normal:], scheme)
+
+
+def _find_scales(
+    columns: torch.Tensor,
+    cost: torch.Tensor,
+    scheme: QuantScheme,
+    solver: SolverConfig,
+    base: torch.Tensor | None,
+) -> GroupScales:
+    """Scales of one group of columns as `solver.clip_search` says; `cost` [width] per squared error."""
+    weights, clip_ratio, span = scheme.weights, solver.clip_ratio, solver.scale_span
+    if solver.clip_search == "none":
+        return find_group_scales(columns, weights, clip_ratio, span, base)
+    if solver.clip_search == "mse":
+        cost = torch.ones_like(cost)
+    return search_group_scales(columns, cost, weights, clip_ratio, span, base)
 
 
 def _assemble(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,22 +24,32 @@ class BlockInputs:
     hidden: torch.Tensor
     arguments: dict[nn.Module, dict[str, Any]]
 
-    def run(
-        self, block: nn.Module, *, keep_output: bool, on_batch: Callable[[int], None] | None = None
-    ) -> None:
-        """Pass all windows through `block`; with `keep_output` its outputs take the place of `hidden`.
+    def run(self, block: nn.Module, on_batch: Callable[[int], None] | None = None) -> None:
+        """Pass all windows through `block`; its outputs take the place of `hidden`.
 
         `on_batch` is told the number of windows done in each batch.
         """
-        step = max(1, TOKENS_PER_BATCH // self.hidden.shape[1])
         with torch.inference_mode():
-            for start in range(0, self.hidden.shape[0], step):
-                batch = self.hidden[start : start + step]
+            for batch in self._batches():
                 output = block(batch, **self.arguments[block])
-                if keep_output:
-                    self.hidden[start : start + step] = output[0] if isinstance(output, tuple) else output
+                batch.copy_(output[0] if isinstance(output, tuple) else output)
                 if on_batch is not None:
                     on_batch(batch.shape[0])
+
+    def observe(self, block: nn.Module) -> None:
+        """Pass all windows through `block`, each as far as something inside raises `InputSeen`."""
+        with torch.inference_mode():
+            for batch in self._batches():
+                with contextlib.suppress(InputSeen):
+                    block(batch, **self.arguments[block])
+
+    def _batches(self) -> tuple[torch.Tensor, ...]:
+        """Views of `hidden` of at most TOKENS_PER_BATCH tokens, at least one window each."""
+        return self.hidden.split(max(1, TOKENS_PER_BATCH // self.hidden.shape[1]))
+
+
+class InputSeen(Exception):
+    """Raised by an observer that has seen all that it wanted of a pass through a block."""
 
 
 def blocks_of(model: PreTrainedModel, family: ModelFamily) -> nn.ModuleList:

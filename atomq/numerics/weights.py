@@ -99,6 +99,58 @@ def find_group_scales(
     return GroupScales(round_to_stored(scales), None, None)
 
 
+CLIP_STEPS = 21
+CLIP_LOWEST = 0.5
+
+
+def search_group_scales(
+    columns: torch.Tensor,
+    column_cost: torch.Tensor,
+    scheme: WeightScheme,
+    clip_ratio: float,
+    span: str,
+    base: torch.Tensor | None = None,
+) -> GroupScales:
+    """`find_group_scales` at the clip ratio, per channel group of rows, that costs least.
+
+    Tries CLIP_STEPS ratios from `clip_ratio` down to CLIP_LOWEST of it and keeps, for each channel group, the
+    one with the least sum of ``column_cost * (w - value of its code)^2``; of equal ones the largest.
+
+    Args:
+        column_cost: [width] what a squared error in each column costs.
+    """
+    n_rows, grid = columns.shape[0], weight_grid(scheme)
+    best: GroupScales | None = None
+    least = torch.empty(0)
+    for step in range(CLIP_STEPS):
+        ratio = clip_ratio * (1 - (1 - CLIP_LOWEST) * step / (CLIP_STEPS - 1))
+        candidate = find_group_scales(columns, scheme, ratio, span, base)
+        scales = spread_rows(candidate.scales, n_rows, scheme.channel_group).unsqueeze(-1)
+        zeros = candidate.zeros
+        if zeros is not None:
+            zeros = spread_rows(zeros, n_rows, scheme.channel_group).unsqueeze(-1)
+        values = grid.values(grid.round(columns / scales, zeros), zeros) * scales
+        row_cost = ((columns - values).square() * column_cost).sum(1)
+        padding = -n_rows % scheme.channel_group
+        cost = torch.nn.functional.pad(row_cost, (0, padding)).view(-1, scheme.channel_group).sum(1)
+        if best is None:
+            best, least = candidate, cost
+            continue
+        better = cost < least
+        least = torch.where(better, cost, least)
+        best = GroupScales(
+            torch.where(better, candidate.scales, best.scales),
+            _choose(better, candidate.zeros, best.zeros),
+            _choose(better, candidate.factors, best.factors),
+        )
+    assert best is not None
+    return best
+
+
+def _choose(better: torch.Tensor, new: torch.Tensor | None, old: torch.Tensor | None) -> torch.Tensor | None:
+    return None if new is None or old is None else torch.where(better, new, old)
+
+
 def find_base_scales(
     normal: torch.Tensor, scheme: WeightScheme, clip_ratio: float, span: str
 ) -> torch.Tensor | None:

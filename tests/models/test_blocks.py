@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import TINY_MODELS, make_tiny_model
 
-from atomq.models.blocks import BlockInputs, blocks_of, capture_block_inputs, linear_shapes
+from atomq.models.blocks import BlockInputs, InputSeen, blocks_of, capture_block_inputs, linear_shapes
 from atomq.models.families import LinearShape, find_family
 
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ def test_blocks_one_by_one_give_the_hidden_states_of_the_model(kind, tokens_per_
     blocks = blocks_of(model, find_family(model.config.model_type))
     assert len(blocks) == 2
     for index, block in enumerate(blocks):
-        inputs.run(block, keep_output=True)
+        inputs.run(block)
         hidden = inputs.hidden if index + 1 < len(blocks) else model.model.norm(inputs.hidden)
         assert torch.allclose(hidden, expected[index + 1], rtol=1e-4, atol=1e-4)
 
@@ -37,7 +37,7 @@ def test_sliding_windows_narrower_than_the_text_are_kept():
     model = make_tiny_model("mistral", sliding_window=4)
     inputs = capture(model)
     for block in model.model.layers:
-        inputs.run(block, keep_output=True)
+        inputs.run(block)
     expected = model.model(TOKENS).last_hidden_state
     assert torch.allclose(model.model.norm(inputs.hidden), expected, rtol=1e-4, atol=1e-4)
     wide = make_tiny_model("mistral").model(TOKENS).last_hidden_state
@@ -49,16 +49,31 @@ def test_blocks_of_different_masks_get_their_own():
     assert model.config.layer_types == ["full_attention", "sliding_attention"]
     inputs = capture(model)
     for block in model.model.layers:
-        inputs.run(block, keep_output=True)
+        inputs.run(block)
     expected = model.model(TOKENS).last_hidden_state
     assert torch.allclose(model.model.norm(inputs.hidden), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_without_keeping_the_output_the_inputs_stay():
+def test_observing_leaves_the_inputs_alone_and_ends_where_an_observer_has_seen_enough():
     model = make_tiny_model()
     inputs = capture(model)
-    before = inputs.hidden.clone()
-    inputs.run(model.model.layers[0], keep_output=False)
+    before, seen, block = inputs.hidden.clone(), [], model.model.layers[0]
+
+    def stop(_module, args):
+        seen.append(args[0].shape[0])
+        raise InputSeen
+
+    def never(*_):
+        raise AssertionError("the pass went on")
+
+    hooks = [
+        block.mlp.gate_proj.register_forward_pre_hook(stop),
+        block.mlp.up_proj.register_forward_pre_hook(never),
+    ]
+    inputs.observe(block)
+    for hook in hooks:
+        hook.remove()
+    assert sum(seen) == len(before)
     assert torch.equal(inputs.hidden, before)
 
 
@@ -66,7 +81,7 @@ def test_batches_hold_as_many_windows_as_the_tokens_allow(monkeypatch):
     monkeypatch.setattr("atomq.models.blocks.TOKENS_PER_BATCH", 45)
     model = make_tiny_model()
     told: list[int] = []
-    capture(model).run(model.model.layers[0], keep_output=True, on_batch=told.append)
+    capture(model).run(model.model.layers[0], on_batch=told.append)
     assert told == [2, 2, 1]
 
 

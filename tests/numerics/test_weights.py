@@ -10,10 +10,13 @@ from numerics import naive
 from atomq.config import WeightScheme
 from atomq.numerics.outliers import encode_outliers
 from atomq.numerics.weights import (
+    CLIP_LOWEST,
+    CLIP_STEPS,
     QuantizedWeight,
     find_base_scales,
     find_group_scales,
     row_ranges,
+    search_group_scales,
     spread_rows,
     weight_grid,
 )
@@ -125,3 +128,31 @@ def test_a_weight_of_outliers_alone_is_its_outliers():
 
 def test_no_base_without_normal_channels():
     assert find_base_scales(torch.empty(4, 0), SCHEMES["progressive"], 1.0, "full") is None
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_the_clip_search_equals_a_loop_over_ratios(scheme):
+    weight = make_weight().double()
+    cost = torch.linspace(0.1, 3, 16, dtype=torch.float64).flip(0)
+    base = find_base_scales(weight, scheme, 1.0, "full")
+    expected_base = None if base is None else naive.base_scales(weight.numpy(), scheme, 1.0, "full")
+    columns = weight[:, :16].numpy()
+    found = search_group_scales(weight[:, :16], cost, scheme, 1.0, "full", base)
+    for index, start in enumerate(range(0, N_ROWS, scheme.channel_group)):
+        rows = columns[start : start + scheme.channel_group]
+        own_base = None if expected_base is None else expected_base[start : start + scheme.channel_group]
+        best = (float("inf"), 0.0)
+        for step in range(CLIP_STEPS):
+            ratio = 1.0 - (1 - CLIP_LOWEST) * step / (CLIP_STEPS - 1)
+            scales, zeros, _ = naive.group_scales(rows, scheme, ratio, "full", own_base)
+            zero = zeros[0] if zeros else 0
+            total = 0.0
+            for row in rows:
+                for column, value in enumerate(row):
+                    code = naive.code_of(value / scales[0], scheme, zero)
+                    total += (
+                        float(cost[column]) * (value - naive.value_of(code, scheme, zero) * scales[0]) ** 2
+                    )
+            if total < best[0] * (1 - 1e-12):
+                best = (total, float(scales[0]))
+        assert float(found.scales[index]) == best[1], (index, best)
