@@ -14,7 +14,7 @@ import safetensors
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import atomq
 from atomq.block_loop import (
@@ -95,7 +95,7 @@ def calibrate(
     """Gather channel statistics of the float model on the calibration text; write the artefact `path`."""
     place = choose_device(device)
     source = resolve_source(model_name)
-    windows = _load_windows(source, calibration)
+    windows = _cut_windows(load_tokenizer(source), calibration)
     model = load_float_model(source)
     check_widths(model, find_family(model.config.model_type), QuantScheme(outliers=outliers))
     statistics = calibrate_blocks(model, windows.token_ids, place, on_progress)
@@ -138,7 +138,8 @@ def quantize(
     calibration = calibration or CalibrationConfig()
     source = resolve_source(model_name)
     with CheckpointWriter(out, overwrite=overwrite) as writer:
-        windows = _load_windows(source, calibration) if recipe.needs_calibration else None
+        tokenizer = load_tokenizer(source)  # needed in the checkpoint, whatever the recipe
+        windows = _cut_windows(tokenizer, calibration) if recipe.needs_calibration else None
         statistics = None
         if calibration_file is not None and windows is not None:
             key = _calibration_key(source, windows, calibration, recipe.scheme)
@@ -197,9 +198,9 @@ def quantize(
     return QuantizeResult(out, model, report, summary)
 
 
-def _load_windows(source: ModelSource, calibration: CalibrationConfig) -> TokenWindows:
+def _cut_windows(tokenizer: PreTrainedTokenizerBase, calibration: CalibrationConfig) -> TokenWindows:
     return calibration_windows(
-        load_tokenizer(source),
+        tokenizer,
         calibration.data,
         calibration.n_samples,
         calibration.seq_len,

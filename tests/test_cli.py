@@ -468,6 +468,7 @@ def test_a_model_without_a_tokenizer_is_refused(refused, model, tmp_path, text_f
     (model / "tokenizer.json").unlink()
     words = "my-model has no tokenizer"
     refused(words, *quantize_argv(model, tmp_path / "OUT", text_file))
+    refused(words, "quantize", model, tmp_path / "OUT", "--preset", "rtn")
     refused(words, "calibrate", model, "-o", tmp_path / "stats.safetensors", "--calib-data", text_file)
     refused(words, "eval-ppl", model, "--data", text_file)
 

@@ -373,6 +373,18 @@ def test_one_altered_value_alters_the_logits(checkpoint, spoilable, name, change
     assert not torch.equal(altered(TOKENS).logits, checkpoint().model(TOKENS).logits)
 
 
+@pytest.mark.parametrize("index", range(4))
+def test_the_flag_of_each_group_says_whether_it_is_transformed(checkpoint, spoilable, index):
+    folder = spoilable("llama", "hadamard")
+
+    def change(config) -> None:
+        config["quantization_config"]["family"]["groups"][index]["transformed"] = False
+
+    change_json(folder / "config.json", change)
+    altered = atomq.load(folder, check_hashes=True)
+    assert not torch.allclose(altered(TOKENS).logits, checkpoint("llama", "hadamard").model(TOKENS).logits)
+
+
 @pytest.mark.parametrize(
     ("scheme", "name", "change", "rule"),
     [

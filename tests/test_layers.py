@@ -66,7 +66,7 @@ LIBRARIES = {
     "safetensors": {"formats": ALWAYS, "models.weights": ALWAYS, "pipeline": ALWAYS},
     "typer": {"cli": ALWAYS, "commands": ALWAYS},
     "rich": {"cli": ALWAYS, "commands": ALWAYS},
-    "matplotlib": {"formats.channel_plot": ALWAYS},
+    "matplotlib": {"formats.channel_plot": ALWAYS, "formats.gemm_plot": ALWAYS},
     "datasets": {"eval.corpora": LAZILY},
     "pyarrow": {"eval.corpora": LAZILY},
     "cupy": {"kernels.loader": LAZILY},

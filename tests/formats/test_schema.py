@@ -192,6 +192,10 @@ def without(path: str):
             "the table of linear groups is empty",
         ),
         (set_at("family.groups", [{"linears": ["a"]}]), "the table of linear groups is not readable"),
+        (
+            set_at("family.groups", [{"linears": ["a"], "absorbed_by": [], "transformed": 1}]),
+            "the table of linear groups is not readable",
+        ),
     ],
 )
 def test_a_config_of_another_kind_is_refused_and_the_field_named(change, words):
