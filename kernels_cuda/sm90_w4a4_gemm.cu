@@ -1,0 +1,458 @@
+// out[m][n] = sum over groups of (INT4 weights . activations) * scales + INT8 outliers * scales + bias, on sm_90a.
+//
+// Operands: see gemm_layout.cuh (weights, codes, token_scales, channel_scales; bases 16-byte aligned), and
+//   out       [M][N] of OUT_DTYPE, row-major
+//   partials  float32, 2 * gridDim.x * N_WARPGROUPS * 64 * ROW_BLOCKS * TILE_TOKENS; only for split tiles
+//   counters  int32 [n_stream_tiles], zero before the first launch; every launch leaves them zero
+// Any M >= 1, N >= 1. Sums are INT32 inside a group (PROGRESSIVE: over the whole row) and float32 across groups, in
+// an order that depends on the shape alone: equal inputs give equal bits.
+//
+// It computes the transposed product: weights are wgmma's A operand, unpacked in registers, and tokens lie along its
+// n, so a tile of 8 tokens wastes nothing. One warp feeds a ring of stages by bulk copies; N_WARPGROUPS warpgroups
+// of ROW_BLOCKS panels each consume it:
+//
+//   stage  | codes [TILE_TOKENS][128] | record of panel 0 | ... | record of the last panel | token scales |
+//
+// A CTA walks over its list of work: first its share of the stream tiles, all of whose slots are dealt out evenly
+// (stream-K; pieces meet in `partials`, and the piece that arrives last adds them up in order), then whole tiles.
+//
+// Parameters: PROGRESSIVE 0/1, GROUP_SIZE 64/128, SCALE_BYTES (exact 2 or 4, progressive 1), OUT_DTYPE, TILE_TOKENS
+// 8..128, CHUNK_TOKENS (tokens per wgmma), N_WARPGROUPS, ROW_BLOCKS, N_STAGES, CONSUMER_REGISTERS (0: as compiled),
+// SHARED_BYTES (the launch's dynamic shared memory). Launch: 128 * (N_WARPGROUPS + 1) threads.
+#if !defined(PROGRESSIVE) || !defined(GROUP_SIZE) || !defined(SCALE_BYTES) || !defined(OUT_DTYPE) || \
+    !defined(TILE_TOKENS) || !defined(CHUNK_TOKENS) || !defined(N_WARPGROUPS) || !defined(ROW_BLOCKS) || \
+    !defined(N_STAGES) || !defined(CONSUMER_REGISTERS) || !defined(SHARED_BYTES)
+#error "sm90_w4a4_gemm.cu lacks one of its parameters"
+#endif
+
+#include "gemm_layout.cuh"
+#include "gemm_sm90.cuh"
+#include "gemm_store.cuh"
+
+namespace {
+
+using Weights = Record<GROUP_SIZE, SCALE_BYTES>;
+constexpr int PANELS = N_WARPGROUPS * ROW_BLOCKS;  // of a tile
+constexpr int CONSUMERS = 128 * N_WARPGROUPS;
+constexpr int SUMS = TILE_TOKENS / 2;  // a thread's elements of 64 rows x TILE_TOKENS
+constexpr int TILE_BYTES = TILE_TOKENS * SLOT_INPUTS;
+constexpr int SCALE_ROWS = PROGRESSIVE ? 1 : Weights::groups;  // of token scales in an INT4 slot
+constexpr int SCALES_AT = TILE_BYTES + PANELS * Weights::bytes;
+constexpr int STAGE_BYTES = (SCALES_AT + SCALE_ROWS * TILE_TOKENS * 4 + 1023) / 1024 * 1024;
+constexpr int STORE_TOKENS = TILE_TOKENS < 32 ? TILE_TOKENS : 32;
+constexpr int STORE_PITCH = PANEL_ROWS * 2 + 16;  // bytes; 16 more than the row keep stmatrix off bank conflicts
+constexpr int STORE_AT = N_STAGES * STAGE_BYTES;
+constexpr int BARRIERS_AT = STORE_AT + N_WARPGROUPS * STORE_TOKENS * STORE_PITCH;
+constexpr int BAND_TILES = 16;  // token tiles that walk over the rows together, so that both operands stay in L2
+
+static_assert(PROGRESSIVE ? SCALE_BYTES == 1 : SCALE_BYTES == 2 || SCALE_BYTES == 4, "bytes of a group scale");
+static_assert(TILE_TOKENS % CHUNK_TOKENS == 0 && TILE_TOKENS <= 128, "tile");
+static_assert(1024 + BARRIERS_AT + 16 * N_STAGES + 16 <= SHARED_BYTES, "SHARED_BYTES is too small");
+
+struct Problem {
+    int n_tokens, padded_tokens, n_channels, n_panels, n_slots, n_outlier_slots, n_token_tiles, n_tiles, n_stream_tiles;
+};
+
+struct Work {
+    int tile, begin, end;  // slots [begin, end)
+};
+
+// The CTA's list of work; producer and consumers each walk over their own copy.
+struct Schedule {
+    int n_slots, slots_per_cta, slot, slot_end, tile, n_tiles;
+
+    __device__ explicit Schedule(const Problem &p) : n_slots(p.n_slots + p.n_outlier_slots) {
+        const int n_stream_slots = p.n_stream_tiles * n_slots;
+        slots_per_cta = (n_stream_slots + gridDim.x - 1) / gridDim.x;
+        slot = min(static_cast<int>(blockIdx.x) * slots_per_cta, n_stream_slots);
+        slot_end = min(slot + slots_per_cta, n_stream_slots);
+        tile = p.n_stream_tiles + blockIdx.x;
+        n_tiles = p.n_tiles;
+    }
+
+    __device__ bool next(Work &work) {
+        if (slot < slot_end) {
+            work.tile = slot / n_slots;
+            work.begin = slot - work.tile * n_slots;
+            work.end = min(n_slots, work.begin + slot_end - slot);
+            slot += work.end - work.begin;
+            return true;
+        }
+        work = {tile, 0, n_slots};
+        tile += gridDim.x;
+        return work.tile < n_tiles;
+    }
+};
+
+struct Corner {
+    int panel, token;
+};
+
+__device__ Corner tile_corner(int tile, const Problem &p) {
+    const int n_row_tiles = (p.n_panels + PANELS - 1) / PANELS;
+    const int band = tile / (BAND_TILES * n_row_tiles);
+    const int width = min(BAND_TILES, p.n_token_tiles - band * BAND_TILES);
+    const int inside = tile - band * BAND_TILES * n_row_tiles;
+    return {inside / width * PANELS, (band * BAND_TILES + inside % width) * TILE_TOKENS};
+}
+
+// A position in the ring of stages.
+struct Ring {
+    int stage = 0;
+    unsigned parity = 0;
+    __device__ void advance() {
+        if (++stage == N_STAGES) stage = 0, parity ^= 1;
+    }
+};
+
+__device__ void produce(const Problem &p, const unsigned char *weights, const signed char *codes,
+                        const float *token_scales, unsigned shared, unsigned full, unsigned empty) {
+    Schedule schedule(p);
+    Work work;
+    Ring ring;
+    const size_t panel_bytes = static_cast<size_t>(p.n_slots + p.n_outlier_slots) * Weights::bytes;
+    while (schedule.next(work)) {
+        const Corner corner = tile_corner(work.tile, p);
+        const unsigned n_tokens = min(TILE_TOKENS, p.padded_tokens - corner.token);
+        for (int slot = work.begin; slot < work.end; ++slot, ring.advance()) {
+            const bool outliers = slot >= p.n_slots;
+            const int code_slot = outliers ? p.n_slots + (slot - p.n_slots) / 2 : slot;
+            const int n_rows = outliers ? 1 : SCALE_ROWS;
+            const int first_row = outliers ? (PROGRESSIVE ? 1 : p.n_slots * SCALE_ROWS) : (PROGRESSIVE ? 0 : slot * SCALE_ROWS);
+            const unsigned stage = shared + ring.stage * STAGE_BYTES;
+            const unsigned barrier = full + 8 * ring.stage;
+            barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
+            barrier_arrive_expect(barrier, n_tokens * (SLOT_INPUTS + 4 * n_rows) + PANELS * Weights::bytes);
+#pragma unroll 1
+            for (int i = 0; i < PANELS; ++i) {
+                const int panel = min(corner.panel + i, p.n_panels - 1);
+                const unsigned char *record = weights + panel * panel_bytes + static_cast<size_t>(slot) * Weights::bytes;
+                if (p.n_token_tiles == 1) {
+                    bulk_copy_once(stage + TILE_BYTES + i * Weights::bytes, record, Weights::bytes, barrier);
+                } else {
+                    bulk_copy(stage + TILE_BYTES + i * Weights::bytes, record, Weights::bytes, barrier);
+                }
+            }
+            const size_t token = static_cast<size_t>(code_slot) * p.padded_tokens + corner.token;
+            bulk_copy(stage, codes + token * SLOT_INPUTS, n_tokens * SLOT_INPUTS, barrier);
+#pragma unroll 1
+            for (int row = 0; row < n_rows; ++row) {
+                bulk_copy(stage + SCALES_AT + row * TILE_TOKENS * 4,
+                          token_scales + static_cast<size_t>(first_row + row) * p.padded_tokens + corner.token,
+                          n_tokens * 4, barrier);
+            }
+        }
+    }
+}
+
+// What a consumer thread knows of itself and of the ring.
+struct Consumer {
+    const unsigned char *shared;
+    unsigned full, empty;
+    int record;   // where the warpgroup's first record lies in a stage
+    int words;    // where the thread's words lie in a record
+    int pair;     // the thread's (row, row + 8) pair of the panel
+    int token;    // the thread's first token of every eight
+    int n_slots;  // INT4 slots, so the first outlier slot
+    Ring ring;
+
+    __device__ const unsigned char *wait() const {
+        barrier_wait(full + 8 * ring.stage, ring.parity);
+        return shared + ring.stage * STAGE_BYTES;
+    }
+    __device__ void release() {
+        __syncwarp();
+        barrier_arrive_if(threadIdx.x % 32 == 0, empty + 8 * ring.stage);
+        ring.advance();
+    }
+};
+
+// Steps of k32 in registers, from a record of INT4 codes (OUTLIERS: of INT8 codes).
+template <bool OUTLIERS>
+__device__ __forceinline__ void load_weights(const unsigned char *record, const Consumer &self, unsigned (&a)[4][4]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const uint4 words = *reinterpret_cast<const uint4 *>(record + half * (CODE_BYTES / 2) + self.words);
+        const unsigned word[4] = {words.x, words.y, words.z, words.w};
+        if constexpr (OUTLIERS) {
+#pragma unroll
+            for (int r = 0; r < 4; ++r) a[half][r] = word[r];
+        } else if constexpr (PROGRESSIVE) {
+            const int group = half * Weights::groups / 2;
+            const auto factors = reinterpret_cast<const uchar2 *>(record + CODE_BYTES + group * Weights::group_scale_bytes)[self.pair];
+#pragma unroll
+            for (int r = 0; r < 4; ++r)
+                unpack_times_factor(word[r], r & 1 ? factors.y : factors.x, a[2 * half][r], a[2 * half + 1][r]);
+        } else {
+#pragma unroll
+            for (int r = 0; r < 4; ++r) unpack_times_16(word[r], a[2 * half][r], a[2 * half + 1][r]);
+        }
+    }
+}
+
+__device__ __forceinline__ float2 load_scales(const unsigned char *record, int group, const Consumer &self) {
+    const unsigned char *scales = record + CODE_BYTES + group * Weights::group_scale_bytes;
+    if constexpr (SCALE_BYTES == 2) return __half22float2(reinterpret_cast<const __half2 *>(scales)[self.pair]);
+    return reinterpret_cast<const float2 *>(scales)[self.pair];
+}
+
+// total += sums * channel scale * token scale, for the two rows of a thread.
+template <int COUNT>
+__device__ __forceinline__ void promote(float *total, const int (&sums)[COUNT], float2 channel_scales, const float *token_scales) {
+#pragma unroll
+    for (int j = 0; j < COUNT / 4; ++j) {
+        const float2 scales = *reinterpret_cast<const float2 *>(token_scales + 8 * j);
+        total[4 * j + 0] = fmaf(static_cast<float>(sums[4 * j + 0]) * channel_scales.x, scales.x, total[4 * j + 0]);
+        total[4 * j + 1] = fmaf(static_cast<float>(sums[4 * j + 1]) * channel_scales.x, scales.y, total[4 * j + 1]);
+        total[4 * j + 2] = fmaf(static_cast<float>(sums[4 * j + 2]) * channel_scales.y, scales.x, total[4 * j + 2]);
+        total[4 * j + 3] = fmaf(static_cast<float>(sums[4 * j + 3]) * channel_scales.y, scales.y, total[4 * j + 3]);
+    }
+}
+
+// Slots whose sums are promoted group by group: INT4 with exact scales, and the outliers of both modes. A quantum is
+// one group x one panel x CHUNK tokens; while the tensor cores work on one, the one before is promoted. The pipeline
+// drains where a panel's weights are unpacked, which saves 16 registers and leaves the tensor cores to the other
+// warpgroup for a moment. `fixed_scales` are the outliers' channel scales.
+template <bool OUTLIERS, int CHUNK>
+__device__ __forceinline__ void run_promoted(Consumer &self, int begin, int end, float (&total)[ROW_BLOCKS][SUMS],
+                                             const float2 (&fixed_scales)[ROW_BLOCKS]) {
+    constexpr int GROUPS = OUTLIERS ? 1 : Weights::groups;
+    constexpr int STEPS = (OUTLIERS ? 2 : 4) / GROUPS;
+    constexpr int CHUNKS = TILE_TOKENS / CHUNK;
+    constexpr int PER_BLOCK = GROUPS * CHUNKS;
+    for (int slot = begin; slot < end; ++slot) {
+        const unsigned char *stage = self.wait();
+        const float *tokens = reinterpret_cast<const float *>(stage + SCALES_AT) + self.token;
+        const unsigned long long tile = swizzled_tile(shared_address(stage)) + (OUTLIERS ? (slot - self.n_slots & 1) * 4 : 0);
+        int sums[2][CHUNK / 2];
+        float2 scales[ROW_BLOCKS][GROUPS] = {};
+        auto promote_quantum = [&](int q) {
+            const int block = q / PER_BLOCK, group = q / CHUNKS % GROUPS, chunk = q % CHUNKS;
+            pin(sums[q & 1]);
+            promote(&total[block][chunk * (CHUNK / 2)], sums[q & 1], scales[block][group], tokens + group * TILE_TOKENS + chunk * CHUNK);
+        };
+#pragma unroll
+        for (int block = 0; block < ROW_BLOCKS; ++block) {
+            const unsigned char *record = stage + self.record + block * Weights::bytes;
+            unsigned a[4][4];
+            load_weights<OUTLIERS>(record, self, a);
+#pragma unroll
+            for (int g = 0; g < GROUPS; ++g) scales[block][g] = OUTLIERS ? fixed_scales[block] : load_scales(record, g, self);
+#pragma unroll
+            for (int i = 0; i < PER_BLOCK; ++i) {
+                const int q = block * PER_BLOCK + i, group = i / CHUNKS, chunk = i % CHUNKS;
+                wgmma_fence();
+#pragma unroll
+                for (int step = group * STEPS; step < (group + 1) * STEPS; ++step)
+                    Wgmma<CHUNK>::run(sums[q & 1], a[step], tile + chunk * (CHUNK * SLOT_INPUTS / 16) + 2 * step, step > group * STEPS);
+                wgmma_commit();
+                if (i > 0) wgmma_wait<1>();
+                if (q > 0) promote_quantum(q - 1);
+            }
+            wgmma_wait<0>();
+        }
+        promote_quantum(ROW_BLOCKS * PER_BLOCK - 1);
+        self.release();
+    }
+}
+
+// INT4 slots with progressive scales: one INT32 sum over all of them, promoted once. At least one slot.
+__device__ __forceinline__ void run_progressive(Consumer &self, int begin, int end, float (&total)[ROW_BLOCKS][SUMS],
+                                                const float2 (&base_scales)[ROW_BLOCKS]) {
+    constexpr int CHUNKS = TILE_TOKENS / CHUNK_TOKENS;
+    int sums[ROW_BLOCKS][CHUNKS][CHUNK_TOKENS / 2] = {};
+    const float *tokens;
+    int slot = begin;
+    do {
+        const unsigned char *stage = self.wait();
+        const unsigned long long tile = swizzled_tile(shared_address(stage));
+        tokens = reinterpret_cast<const float *>(stage + SCALES_AT) + self.token;
+#pragma unroll
+        for (int block = 0; block < ROW_BLOCKS; ++block) {
+            unsigned a[4][4];
+            load_weights<false>(stage + self.record + block * Weights::bytes, self, a);
+            wgmma_fence();
+#pragma unroll
+            for (int chunk = 0; chunk < CHUNKS; ++chunk)
+#pragma unroll
+                for (int step = 0; step < 4; ++step)
+                    Wgmma<CHUNK_TOKENS>::run(sums[block][chunk], a[step], tile + chunk * (CHUNK_TOKENS * SLOT_INPUTS / 16) + 2 * step, 1);
+            wgmma_commit();
+        }
+        wgmma_wait<0>();
+        if (++slot == end) break;
+        self.release();
+    } while (true);
+#pragma unroll
+    for (int block = 0; block < ROW_BLOCKS; ++block)
+#pragma unroll
+        for (int i = 0; i < SUMS; ++i) {
+            const float2 scales = *reinterpret_cast<const float2 *>(tokens + i / 4 * 8);
+            total[block][i] = static_cast<float>(sums[block][i / (CHUNK_TOKENS / 2)][i % (CHUNK_TOKENS / 2)]) *
+                              ((i & 2 ? base_scales[block].y : base_scales[block].x) * (i & 1 ? scales.y : scales.x));
+        }
+    self.release();
+}
+
+// Leaves this piece of a split tile in `partials`. True for the piece that arrives last: it holds the whole sum then.
+__device__ bool join_pieces(const Problem &p, const Work &work, int slots_per_cta, float *partials, int *counters,
+                            int *is_last, float (&total)[ROW_BLOCKS][SUMS]) {
+    const int n_slots = p.n_slots + p.n_outlier_slots;
+    const int tile_slot = work.tile * n_slots;
+    const int first = tile_slot / slots_per_cta, last = (tile_slot + n_slots - 1) / slots_per_cta;
+    constexpr int VECTORS = ROW_BLOCKS * SUMS / 4;
+    // A CTA has at most two pieces: the end of one tile, then the beginning of another.
+    auto piece = [&](int cta) {
+        const bool begins_tile = cta * slots_per_cta <= tile_slot;
+        return reinterpret_cast<float4 *>(partials) + static_cast<size_t>(2 * cta + begins_tile) * VECTORS * CONSUMERS + threadIdx.x;
+    };
+    float4 *mine = piece(blockIdx.x);
+#pragma unroll
+    for (int i = 0; i < VECTORS; ++i) {
+        const float *x = &total[i / (SUMS / 4)][i % (SUMS / 4) * 4];
+        __stcg(mine + i * CONSUMERS, make_float4(x[0], x[1], x[2], x[3]));
+    }
+    __threadfence();
+    join_threads(1, CONSUMERS);
+    if (threadIdx.x == 0) {
+        *is_last = atomicAdd(counters + work.tile, 1) == last - first;
+        if (*is_last) counters[work.tile] = 0;
+    }
+    join_threads(1, CONSUMERS);
+    if (!*is_last) return false;
+    __threadfence();
+#pragma unroll
+    for (int i = 0; i < ROW_BLOCKS * SUMS; ++i) total[i / SUMS][i % SUMS] = 0.0f;
+    for (int cta = first; cta <= last; ++cta) {
+        const float4 *theirs = piece(cta);
+#pragma unroll
+        for (int i = 0; i < VECTORS; ++i) {
+            const float4 x = __ldcg(theirs + i * CONSUMERS);
+            float *sum = &total[i / (SUMS / 4)][i % (SUMS / 4) * 4];
+            sum[0] += x.x, sum[1] += x.y, sum[2] += x.z, sum[3] += x.w;
+        }
+    }
+    return true;
+}
+
+// The tile's sums, times `unit`, plus bias, to out: transposed through shared memory to 16 bytes along the channels.
+template <typename Out>
+__device__ void store(const Problem &p, const Corner &corner, int warpgroup, unsigned char *buffer, const float *bias,
+                      typename Out::type *out, float (&total)[ROW_BLOCKS][SUMS]) {
+    constexpr float UNIT = PROGRESSIVE ? 1.0f : EXACT_UNIT;
+    const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+#pragma unroll
+    for (int block = 0; block < ROW_BLOCKS; ++block) {
+        const int panel = corner.panel + warpgroup * ROW_BLOCKS + block;
+        if (panel >= p.n_panels) break;
+        const int row = panel * PANEL_ROWS + warp * 16 + lane / 4;
+        const float low_bias = bias[row], high_bias = bias[row + 8];
+#pragma unroll
+        for (int i = 0; i < SUMS; ++i) total[block][i] = fmaf(total[block][i], UNIT, i & 2 ? high_bias : low_bias);
+        if constexpr (sizeof(typename Out::type) == 4) {
+#pragma unroll
+            for (int i = 0; i < SUMS; ++i) {
+                const int m = corner.token + i / 4 * 8 + 2 * (lane & 3) + (i & 1), n = row + (i & 2 ? 8 : 0);
+                if (m < p.n_tokens && n < p.n_channels) out[static_cast<size_t>(m) * p.n_channels + n] = total[block][i];
+            }
+        } else {
+            const int valid = min(PANEL_ROWS, p.n_channels - panel * PANEL_ROWS);
+            const bool whole_vectors = p.n_channels % 8 == 0;
+#pragma unroll
+            for (int part = 0; part < TILE_TOKENS / STORE_TOKENS; ++part) {
+                const int token = corner.token + part * STORE_TOKENS;
+                if (token >= p.n_tokens) break;
+                join_threads(2 + warpgroup, 128);
+#pragma unroll
+                for (int j = 0; j < STORE_TOKENS / 8; j += 2) {
+                    const float *x = &total[block][(part * STORE_TOKENS / 8 + j) * 4];
+                    const unsigned address = shared_address(buffer) + (8 * j + lane / 16 * 8 + lane % 8) * STORE_PITCH +
+                                             (warp * 16 + lane / 8 % 2 * 8) * 2;
+                    if constexpr (STORE_TOKENS >= 16) {
+                        store_transposed(address, Out::pair(x[0], x[1]), Out::pair(x[2], x[3]), Out::pair(x[4], x[5]), Out::pair(x[6], x[7]));
+                    } else {  // lanes 16..31 give no address
+                        store_transposed(shared_address(buffer) + lane % 8 * STORE_PITCH + (warp * 16 + lane / 8 % 2 * 8) * 2,
+                                         Out::pair(x[0], x[1]), Out::pair(x[2], x[3]));
+                    }
+                }
+                join_threads(2 + warpgroup, 128);
+                for (int i = thread; i < STORE_TOKENS * 8; i += 128) {
+                    const int m = token + i / 8, n = i % 8 * 8;
+                    if (m >= p.n_tokens || n >= valid) continue;
+                    const unsigned char *from = buffer + i / 8 * STORE_PITCH + n * 2;
+                    auto *to = out + static_cast<size_t>(m) * p.n_channels + panel * PANEL_ROWS + n;
+                    if (whole_vectors) {
+                        *reinterpret_cast<uint4 *>(to) = *reinterpret_cast<const uint4 *>(from);
+                    } else {
+                        for (int k = 0; k < min(8, valid - n); ++k) to[k] = reinterpret_cast<const typename Out::type *>(from)[k];
+                    }
+                }
+            }
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(128 * (N_WARPGROUPS + 1), 1)
+sm90_w4a4_gemm(const unsigned char *__restrict__ weights, const float *__restrict__ channel_scales,
+               const signed char *__restrict__ codes, const float *__restrict__ token_scales,
+               Output<OUT_DTYPE>::type *__restrict__ out, float *partials, int *counters, const Problem p) {
+    extern __shared__ unsigned char dynamic_shared[];
+    unsigned char *shared = dynamic_shared + ((1024 - (shared_address(dynamic_shared) & 1023)) & 1023);
+    const unsigned full = shared_address(shared) + BARRIERS_AT, empty = full + 8 * N_STAGES;
+    int *is_last = reinterpret_cast<int *>(shared + BARRIERS_AT + 16 * N_STAGES);
+    const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0);  // uniform, and the compiler sees it
+
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < N_STAGES; ++stage) {
+            barrier_init(full + 8 * stage, 1);
+            barrier_init(empty + 8 * stage, CONSUMERS / 32);
+        }
+        barrier_init_fence();
+    }
+    __syncthreads();
+
+    if (warpgroup == N_WARPGROUPS) {
+        if constexpr (CONSUMER_REGISTERS > 0) lower_registers<40>();
+        if (threadIdx.x == CONSUMERS) produce(p, weights, codes, token_scales, shared_address(shared), full, empty);
+    } else {
+        if constexpr (CONSUMER_REGISTERS > 0) raise_registers<CONSUMER_REGISTERS>();
+        const int thread = threadIdx.x % 128;
+        Consumer self{shared, full, empty, TILE_BYTES + warpgroup * ROW_BLOCKS * Weights::bytes, thread * 16, thread / 4,
+                      thread % 4 * 2, p.n_slots, Ring()};
+        Schedule schedule(p);
+        Work work;
+        const int n_rows = p.n_panels * PANEL_ROWS;
+        while (schedule.next(work)) {
+            const Corner corner = tile_corner(work.tile, p);
+            float total[ROW_BLOCKS][SUMS];
+            float2 fixed[ROW_BLOCKS];
+            auto load_fixed = [&](int kind, float unit) {
+#pragma unroll
+                for (int block = 0; block < ROW_BLOCKS; ++block) {
+                    const int panel = min(corner.panel + warpgroup * ROW_BLOCKS + block, p.n_panels - 1);
+                    const float *scales = channel_scales + kind * n_rows + panel * PANEL_ROWS + thread / 32 * 16 + thread % 32 / 4;
+                    fixed[block] = make_float2(scales[0] * unit, scales[8] * unit);
+                }
+            };
+            const int middle = min(max(p.n_slots, work.begin), work.end);  // INT4 slots before, outliers from here on
+            if (PROGRESSIVE && work.begin < middle) {
+                load_fixed(0, 1.0f);
+                run_progressive(self, work.begin, middle, total, fixed);
+            } else {
+#pragma unroll
+                for (int i = 0; i < ROW_BLOCKS * SUMS; ++i) total[i / SUMS][i % SUMS] = 0.0f;
+            }
+            if constexpr (!PROGRESSIVE) run_promoted<false, CHUNK_TOKENS>(self, work.begin, middle, total, fixed);
+            if (middle < work.end) {
+                load_fixed(1, PROGRESSIVE ? 1.0f : 1.0f / EXACT_UNIT);
+                run_promoted<true, (CHUNK_TOKENS < 64 ? CHUNK_TOKENS : 64)>(self, middle, work.end, total, fixed);
+            }
+            if (work.end - work.begin == schedule.n_slots ||
+                join_pieces(p, work, schedule.slots_per_cta, partials, counters, is_last, total))
+                store<Output<OUT_DTYPE>>(p, corner, warpgroup, shared + STORE_AT + warpgroup * STORE_TOKENS * STORE_PITCH,
+                      channel_scales + 2 * n_rows, out, total);
+        }
+    }
+}
