@@ -49,3 +49,9 @@ class StorageError(AtomqError, OSError):
     """A file that cannot be written: disk full, no permission, I/O error (exit code 1)."""
 
     exit_code = 1
+
+
+class Interrupted(AtomqError):
+    """Ctrl-C during a command (exit code 130)."""
+
+    exit_code = 130

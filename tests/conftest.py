@@ -1,4 +1,4 @@
-"""Fixtures: tiny random models of every family and a byte tokenizer, made on the spot, no network."""
+"""Fixtures that tests of several rooms share."""
 
 from __future__ import annotations
 
@@ -6,70 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-TINY = {
-    "vocab_size": 256,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-
-# What is particular to a family: MHA and GQA, biases, q/k norms, tied embeddings, head_dim not hidden/heads.
-TINY_MODELS = {
-    "llama": ("LlamaConfig", {}),
-    "llama-mha-bias": (
-        "LlamaConfig",
-        {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True, "head_dim": 16},
-    ),
-    "mistral": ("MistralConfig", {"head_dim": 8, "sliding_window": None}),
-    "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
-    "qwen3": ("Qwen3Config", {"head_dim": 16}),
-}
-
-
-def byte_tokenizer():
-    """A tokenizer of 256 single bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
-def make_tiny_model(kind: str = "llama", seed: int = 0, **overrides):
-    """A two-block random model of `kind` (a key of TINY_MODELS) with a few outlier channels."""
-    import transformers
-
-    config_name, settings = TINY_MODELS[kind]
-    config = getattr(transformers, config_name)(**{**TINY, **settings, **overrides})
-    torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(0, 0.1)
-            elif "norm" in name:
-                parameter.uniform_(0.5, 1.5)
-                parameter[3] = 12.0  # an outlier channel, as real models have them
-            else:
-                parameter.normal_(0, 0.08)
-    return model.requires_grad_(False)
-
-
-def save_tiny_model(folder: Path, kind: str = "llama", seed: int = 0, **overrides) -> Path:
-    """Write a tiny model and the byte tokenizer to `folder` in the Hugging Face layout."""
-    make_tiny_model(kind, seed, **overrides).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+from tiny_models import save_tiny_model
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +18,23 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def text_file(tmp_path: Path) -> Path:
     """A text of about 6 kB."""
-    words = "the quick brown fox jumps over the lazy dog while seven wizards mix 42 potions ".split()
+    words = [
+        "the",
+        "quick",
+        "brown",
+        "fox",
+        "jumps",
+        "over",
+        "the",
+        "lazy",
+        "dog",
+        "while",
+        "seven",
+        "wizards",
+        "mix",
+        "42",
+        "potions",
+    ]
     generator = torch.Generator().manual_seed(0)
     picks = torch.randint(len(words), (1200,), generator=generator).tolist()
     path = tmp_path / "text.txt"

@@ -52,6 +52,15 @@ class ModelFamily:
     lm_head: str = "lm_head"
 
 
+@dataclass(frozen=True)
+class LinearShape:
+    """A linear of the unquantized model: [n_out, n_in], with or without bias."""
+
+    n_out: int
+    n_in: int
+    has_bias: bool
+
+
 _LLAMA_GROUPS = (
     LinearGroup(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
     LinearGroup(("self_attn.o_proj",)),

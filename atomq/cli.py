@@ -1,0 +1,87 @@
+"""The command line: registers the commands and turns errors into sentences and exit codes."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+import typer
+
+from atomq import __version__
+from atomq.commands import calibrate, eval_ppl, generate, inspect, quantize
+from atomq.errors import AtomqError, Interrupted
+
+app = typer.Typer(
+    name="atomq",
+    help="Quantize LLMs to INT4 weights, activations and KV cache; measure it; write a file that opens.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _register(name: str, command: Callable[..., None], help_text: str) -> None:
+    """Add a command; Ctrl-C in it becomes an error like others, since Typer would otherwise end on its
+    own.
+    """
+
+    @functools.wraps(command)
+    def interruptible(*args: object, **kwargs: object) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted; nothing half-written was left behind") from None
+
+    app.command(name, help=help_text)(interruptible)
+
+
+_register("calibrate", calibrate.command, calibrate.HELP)
+_register("quantize", quantize.command, quantize.HELP)
+_register("eval-ppl", eval_ppl.command, eval_ppl.HELP)
+_register("generate", generate.command, generate.HELP)
+_register("inspect", inspect.command, inspect.HELP)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"atomq {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: bool = typer.Option(
+        False, "--version", help="Print the version and exit.", is_eager=True, callback=_show_version
+    ),
+) -> None:
+    pass
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; answer the exit code: 0, 1 for a failure, 2 for bad input, 130 for Ctrl-C.
+
+    ATOMQ_DEBUG=1 shows the traceback of an error.
+    """
+    try:
+        app(args=None if argv is None else list(argv), prog_name="atomq")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except AtomqError as error:
+        return _fail(str(error), error.exit_code)
+    except OSError as error:
+        return _fail(f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", 1)
+    return 0
+
+
+def _fail(sentence: str, exit_code: int) -> int:
+    if os.environ.get("ATOMQ_DEBUG") == "1":
+        traceback.print_exc()
+    typer.echo(f"error: {sentence}", err=True)
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""What people see: progress and warnings on stderr, results on stdout, as tables or as one JSON document."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+OnProgress = Callable[[float, int, str], None]
+
+out = Console()
+err = Console(stderr=True)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON document on stdout."""
+    out.file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table for people on stdout; the first column is text, the others are figures."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+
+
+def warn(sentences: list[str]) -> None:
+    for sentence in sentences:
+        err.print(f"[yellow]warning:[/] {sentence}", highlight=False, soft_wrap=True)
+
+
+def human_bytes(n_bytes: float) -> str:
+    """Such as "113.2 MB" (powers of 1000)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.1f} {unit}" if unit != "B" else f"{n_bytes:.0f} B"
+        n_bytes /= 1000
+    return f"{n_bytes:.1f} TB"
+
+
+def silence_libraries() -> None:
+    """Keep transformers' own progress bars off stderr, where ours are shown."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+@contextmanager
+def progress(title: str) -> Iterator[OnProgress]:
+    """A live bar with ETA on a terminal's stderr; elsewhere one plain line for each tenth of the way."""
+    if err.is_terminal:
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[step]}"),
+            console=err,
+            transient=True,
+        )
+        task = bar.add_task(title, total=None, step="")
+        with bar:
+            yield lambda done, total, step: bar.update(task, completed=done, total=total, step=step)
+        return
+    last = ("", -1)
+
+    def plain(done: float, total: int, step: str) -> None:
+        nonlocal last
+        tenth = int(10 * done / total)
+        if tenth != last[1]:
+            err.print(f"{title}: {100 * done / total:3.0f}% {step}", highlight=False, soft_wrap=True)
+        last = (step, tenth)
+
+    yield plain

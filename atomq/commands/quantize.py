@@ -1,0 +1,128 @@
+"""`atomq quantize`: quantize a model and write a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from atomq.commands import console
+from atomq.commands.options import (
+    CalibDataOption,
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    SamplesOption,
+    SeedOption,
+    SeqLenOption,
+)
+from atomq.config import CalibrationConfig, Recipe, override, to_dict
+from atomq.errors import ConfigError
+from atomq.presets import DEFAULT_PRESET, PRESET_HELP, find_preset
+
+if TYPE_CHECKING:
+    from atomq.pipeline import QuantizeResult
+
+PRESETS_TEXT = "\n\n".join(f"- {name}: {text}" for name, text in PRESET_HELP.items())
+HELP = f"Quantize MODEL and write the checkpoint OUT.\n\nPresets:\n\n{PRESETS_TEXT}"
+# Short names for the settings that people change most; `--set` reaches all others.
+SHORT_NAMES = {
+    "w_bits": "weights.n_bits",
+    "a_bits": "activations.n_bits",
+    "kv_bits": "kv.n_bits",
+    "n_outliers": "outliers.n_outliers",
+}
+
+
+def command(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
+    preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESET_HELP)}.")] = DEFAULT_PRESET,
+    w_bits: Annotated[int | None, typer.Option(help="Weights: 2, 3, 4, 8 or 16.")] = None,
+    a_bits: Annotated[int | None, typer.Option(help="Activations: 2, 3, 4, 8 or 16.")] = None,
+    kv_bits: Annotated[int | None, typer.Option(help="KV cache: 2, 3, 4, 8 or 16.")] = None,
+    group_size: Annotated[
+        str | None, typer.Option(help="Channels per scale, weights and activations; none = a whole row.")
+    ] = None,
+    n_outliers: Annotated[int | None, typer.Option(help="Outlier channels per linear input.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any other setting; --show-recipe lists them all."),
+    ] = None,
+    show_recipe: Annotated[bool, typer.Option(help="Print the recipe as JSON and stop.")] = False,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Statistics made by atomq calibrate.", rich_help_panel="Calibration"),
+    ] = None,
+    calib_data: CalibDataOption = "builtin",
+    n_samples: SamplesOption = None,
+    seq_len: SeqLenOption = None,
+    seed: SeedOption = 0,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing checkpoint.")] = False,
+    device: DeviceOption = "auto",
+    json_output: JsonOption = False,
+) -> None:
+    short = {"w_bits": w_bits, "a_bits": a_bits, "kv_bits": kv_bits, "n_outliers": n_outliers}
+    recipe = build_recipe(preset, short, group_size, settings or [])
+    if show_recipe:
+        console.print_json(to_dict(recipe))
+        return
+    from atomq import pipeline
+
+    config = CalibrationConfig(calib_data, n_samples, seq_len, seed)
+    with console.progress("quantize") as on_progress:
+        result = pipeline.quantize(
+            model,
+            out,
+            recipe,
+            pipeline.choose_device(device),
+            on_progress,
+            config,
+            calibration,
+            overwrite,
+        )
+    console.warn(result.summary["warnings"])
+    if json_output:
+        console.print_json({"out": str(out), **result.summary})
+    else:
+        _print_summary(result)
+
+
+def build_recipe(
+    preset: str, short: dict[str, int | None], group_size: str | None, settings: list[str]
+) -> Recipe:
+    """The preset with the options given on the command line put over it.
+
+    Raises:
+        ConfigError: unknown preset or setting, or an impossible combination.
+    """
+    assignments: dict[str, Any] = {SHORT_NAMES[k]: v for k, v in short.items() if v is not None}
+    if group_size is not None:
+        assignments |= {"weights.group_size": group_size, "activations.group_size": group_size}
+    for setting in settings:
+        name, separator, value = setting.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {setting} must look like NAME=VALUE, such as --set weights.n_bits=3")
+        assignments[name] = value
+    return override(find_preset(preset), assignments)
+
+
+def _print_summary(result: QuantizeResult) -> None:
+    summary = result.summary
+    bits, seconds = summary["effective_bits"], summary["seconds"]
+    error = summary["mean_relative_error"]
+    rows = [
+        ["checkpoint", str(result.path)],
+        ["size", console.human_bytes(summary["size_bytes"])],
+        ["  of which linears", console.human_bytes(summary["linear_bytes"])],
+        ["bits per weight", f"{bits['weight']:.3f}"],
+        ["bits per activation", f"{bits['activation']:.3f}"],
+        ["bits per KV entry", f"{bits['kv']:.3f}"],
+        ["mean output error of a linear", "not measured" if error is None else f"{100 * error:.2f} %"],
+        ["time", f"{seconds['total']:.1f} s"],
+    ]
+    console.print_table(f"{summary['model']} quantized", ["", ""], rows)
+    console.out.print(
+        f"Measure it: atomq eval-ppl {result.path} --baseline MODEL", highlight=False, soft_wrap=True
+    )

@@ -1,0 +1,358 @@
+"""What a quantized model is (`QuantScheme`) and how its codes are found (`SolverConfig`): frozen, checked
+records.
+
+`QuantScheme` is stored in the checkpoint and is all that a reader needs; `Recipe` adds the solver and is
+stored in the manifest. Every combination that passes the checks here has a packed encoding (docs/format.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from atomq.errors import ConfigError
+
+FLOAT_BITS = 16
+CODE_BITS = (2, 3, 4, 8)
+
+NumberFormat = Literal["int", "fp4-bnb", "fp4-e2m1", "exponential"]
+ScaleMode = Literal["exact", "progressive"]
+OutlierPrecision = Literal["int8", "fp16", "e5m2", "e4m3"]
+Metric = Literal["hessian", "abs_mean"]
+KeyPosition = Literal["before_rope", "after_rope"]
+Rotation = Literal["none", "hadamard"]
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class WeightScheme:
+    """Weights of the normal channels.
+
+    Attributes:
+        n_bits: 2, 3, 4, 8, or 16 for weights left in floating point.
+        number_format: integers, or a 16-entry code book (4 bits).
+        group_size: input channels that share a scale; None for a whole row.
+        channel_group: neighbouring output rows that share a scale (Atom: 2).
+        scale_mode: "progressive": scale = base of the row x integer factor 1..16 of the group.
+    """
+
+    n_bits: int = 4
+    number_format: NumberFormat = "int"
+    symmetric: bool = True
+    group_size: int | None = 128
+    channel_group: int = 1
+    scale_mode: ScaleMode = "exact"
+
+    def __post_init__(self) -> None:
+        _check_fields("weights", self)
+        _check_number_format("weights", self.n_bits, self.number_format, self.symmetric)
+        _check_positive("weights.channel_group", self.channel_group)
+        if self.scale_mode == "progressive" and self.channel_group != 1:
+            raise ConfigError(
+                "weights.scale_mode progressive keeps one base per row; set weights.channel_group=1"
+            )
+        _check_progressive("weights", self.scale_mode, self.n_bits, self.number_format, self.symmetric)
+
+
+@dataclass(frozen=True)
+class ActivationScheme:
+    """Inputs of the linears: dynamic, per token and group. Fields as in `WeightScheme`.
+
+    `clip_ratio` belongs to the scheme because activations are quantized at run time.
+    """
+
+    n_bits: int = 4
+    number_format: NumberFormat = "int"
+    symmetric: bool = True
+    group_size: int | None = 128
+    clip_ratio: float = 1.0
+    scale_mode: ScaleMode = "exact"
+
+    def __post_init__(self) -> None:
+        _check_fields("activations", self)
+        if self.number_format == "exponential":
+            raise ConfigError("activations.number_format exponential does not exist; it is for weights only")
+        _check_number_format("activations", self.n_bits, self.number_format, self.symmetric)
+        _check_ratio("activations.clip_ratio", self.clip_ratio)
+        _check_progressive("activations", self.scale_mode, self.n_bits, self.number_format, self.symmetric)
+
+
+@dataclass(frozen=True)
+class OutlierScheme:
+    """Channels kept in higher precision, the last `n_outliers` of a linear's input.
+
+    With `reorder` the channels are sorted by `metric`, so the last are those with the largest score;
+    without, the last channels of the original order are kept.
+    """
+
+    n_outliers: int = 0
+    precision: OutlierPrecision = "int8"
+    metric: Metric = "hessian"
+    reorder: bool = False
+
+    def __post_init__(self) -> None:
+        _check_fields("outliers", self)
+        if self.n_outliers < 0:
+            raise ConfigError(f"outliers.n_outliers={self.n_outliers} must be 0 or more")
+
+
+@dataclass(frozen=True)
+class KVScheme:
+    """KV cache: asymmetric integers per token and head; 16 bits for a float cache.
+
+    Attributes:
+        key_position: where K is quantized: "before_rope" (after the k norm, where there is one) or
+        "after_rope". rotation: "hadamard": K and V of each head are coded after `transform_blocks`, undone
+        on reading.
+    """
+
+    n_bits: int = FLOAT_BITS
+    clip_ratio: float = 1.0
+    key_position: KeyPosition = "before_rope"
+    rotation: Rotation = "none"
+
+    def __post_init__(self) -> None:
+        _check_fields("kv", self)
+        _check_bits("kv.n_bits", self.n_bits)
+        _check_ratio("kv.clip_ratio", self.clip_ratio)
+
+
+@dataclass(frozen=True)
+class QuantScheme:
+    """All that a reader must know to compute with a checkpoint.
+
+    Attributes:
+        transform: in-group transform of the normal channels: "hadamard" turns every group by
+            `transform_groups`, weights offline and activations at run time; outliers stay as they are.
+    """
+
+    weights: WeightScheme = field(default_factory=WeightScheme)
+    activations: ActivationScheme = field(default_factory=ActivationScheme)
+    outliers: OutlierScheme = field(default_factory=OutlierScheme)
+    kv: KVScheme = field(default_factory=KVScheme)
+    transform: Rotation = "none"
+
+    def __post_init__(self) -> None:
+        _check_fields("scheme", self)
+        if self.weights.n_bits == FLOAT_BITS and self.activations.n_bits == FLOAT_BITS:
+            if self.kv.n_bits == FLOAT_BITS:
+                raise ConfigError(
+                    "weights, activations and KV cache all have 16 bits: there is nothing to quantize; "
+                    "lower at least one of weights.n_bits, activations.n_bits and kv.n_bits"
+                )
+            if self.outliers != OutlierScheme() or self.transform != "none":
+                raise ConfigError(
+                    "outliers and transform act on quantized weights or activations, and both have 16 bits; "
+                    "set outliers.n_outliers=0, outliers.reorder=false and transform=none"
+                )
+        if self.transform == "hadamard" and self.weights.group_size != self.activations.group_size:
+            raise ConfigError(
+                f"transform hadamard needs equal groups, but weights.group_size={self.weights.group_size} "
+                f"and activations.group_size={self.activations.group_size}"
+            )
+
+    @property
+    def quantizes_linears(self) -> bool:
+        return self.weights.n_bits < FLOAT_BITS or self.activations.n_bits < FLOAT_BITS
+
+
+@dataclass(frozen=True)
+class SolverConfig:
+    """How weight codes are found.
+
+    Attributes:
+        method: "gptq" or "rtn" (round to nearest).
+        clip_ratio: scales are made from clip_ratio x the largest magnitude of a group.
+        scale_span: divisor of a symmetric scale: "half" = (2^n_bits - 1) / 2 as GPTQ has it (7.5 for 4 bits),
+            "full" = 2^(n_bits-1) - 1 as rounding to nearest has it (7).
+        damp_frac: fraction of the mean Hessian diagonal added to it ("percdamp" in GPTQ's code).
+    """
+
+    method: Literal["gptq", "rtn"] = "gptq"
+    clip_ratio: float = 1.0
+    scale_span: Literal["half", "full"] = "full"
+    damp_frac: float = 0.01
+
+    def __post_init__(self) -> None:
+        _check_fields("solver", self)
+        _check_ratio("solver.clip_ratio", self.clip_ratio)
+        if not 0 < self.damp_frac <= 10:
+            raise ConfigError(f"solver.damp_frac={self.damp_frac} must lie above 0 and at most at 10")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A scheme and the way to it: what `atomq quantize` does to a model."""
+
+    scheme: QuantScheme = field(default_factory=QuantScheme)
+    solver: SolverConfig = field(default_factory=SolverConfig)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether any step looks at activations."""
+        solves = self.solver.method == "gptq" and self.scheme.weights.n_bits < FLOAT_BITS
+        return solves or self.scheme.outliers.reorder
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """The calibration text: the four options of `calibrate` and `quantize`.
+
+    `n_samples` and `seq_len` None stand for the source's default (docs/calibration.md).
+    """
+
+    data: str = "builtin"
+    n_samples: int | None = None
+    seq_len: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.n_samples is not None and self.n_samples < 1:
+            raise ConfigError(f"--n-samples {self.n_samples} must be at least 1")
+        if self.seq_len is not None and self.seq_len < 2:
+            raise ConfigError(f"--seq-len {self.seq_len} must be at least 2")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain nested dictionaries, in the order of its fields."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[C], values: Any, where: str = "") -> C:
+    """Build a config of class `cls` from `to_dict`'s result, refusing unknown and missing names.
+
+    Raises:
+        ConfigError: `values` is not such a dictionary; the message names the field.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where or cls.__name__} must be a table of settings, not {values!r}")
+    fields = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    strange, absent = set(values) - set(fields), set(fields) - set(values)
+    if strange or absent:
+        raise ConfigError(
+            f"{where or cls.__name__} has unknown settings {sorted(strange)} and lacks {sorted(absent)}"
+        )
+    hints = typing.get_type_hints(cls)
+    built = {}
+    for name, value in values.items():
+        hint = hints[name]
+        nested = isinstance(hint, type) and dataclasses.is_dataclass(hint)
+        built[name] = from_dict(hint, value, f"{where}{name}.") if nested else value
+    return cls(**built)
+
+
+def override(recipe: Recipe, assignments: dict[str, Any]) -> Recipe:
+    """Return `recipe` with settings such as ``{"weights.n_bits": 3}`` replaced; values may be text.
+
+    A name is ``part.field`` with part one of weights, activations, outliers, kv, solver, or ``transform``.
+
+    Raises:
+        ConfigError: unknown name (the message lists all), wrong type, or an impossible combination.
+    """
+    parts: dict[str, Any] = {
+        "weights": recipe.scheme.weights,
+        "activations": recipe.scheme.activations,
+        "outliers": recipe.scheme.outliers,
+        "kv": recipe.scheme.kv,
+        "solver": recipe.solver,
+    }
+    transform: Any = recipe.scheme.transform
+    changes: dict[str, dict[str, Any]] = {part: {} for part in parts}
+    for name, value in assignments.items():
+        part, _, attribute = name.partition(".")
+        if name == "transform":
+            transform = value
+            continue
+        known = {f.name for f in dataclasses.fields(parts[part])} if part in parts else set()
+        if attribute not in known:
+            raise ConfigError(f"unknown setting {name!r}; settings are {', '.join(setting_names())}")
+        hint = typing.get_type_hints(type(parts[part]))[attribute]
+        changes[part][attribute] = _parse(name, value, hint) if isinstance(value, str) else value
+    new = {part: dataclasses.replace(config, **changes[part]) for part, config in parts.items()}
+    solver = new.pop("solver")
+    return Recipe(QuantScheme(**new, transform=transform), solver)
+
+
+def setting_names() -> list[str]:
+    """All names that `override` takes."""
+    parts = {"weights": WeightScheme, "activations": ActivationScheme, "outliers": OutlierScheme}
+    parts |= {"kv": KVScheme, "solver": SolverConfig}
+    return [f"{part}.{f.name}" for part, cls in parts.items() for f in dataclasses.fields(cls)] + [
+        "transform"
+    ]
+
+
+def _parse(name: str, text: str, hint: Any) -> Any:
+    """`text` from the command line as a value of type `hint`."""
+    if typing.get_origin(hint) is types.UnionType:
+        if text.lower() == "none":
+            return None
+        hint = next(t for t in typing.get_args(hint) if t is not type(None))
+    if hint is bool:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise ConfigError(f"{name}={text} must be true or false")
+    if hint in (int, float):
+        try:
+            return hint(text)
+        except ValueError:
+            raise ConfigError(f"{name}={text} must be a number") from None
+    return text
+
+
+def _check_fields(where: str, config: Any) -> None:
+    """Refuse values of the wrong type or not among a Literal's choices."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        label = name if where == "scheme" else f"{where}.{name}"
+        if typing.get_origin(hint) is Literal:
+            if value not in typing.get_args(hint):
+                choices = ", ".join(map(str, typing.get_args(hint)))
+                raise ConfigError(f"{label}={value!r} does not exist; choose one of {choices}")
+            continue
+        allowed = typing.get_args(hint) or (hint,)
+        if float in allowed:
+            allowed = (*allowed, int)
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            raise ConfigError(f"{label}={value!r} has the wrong type; expected {hint}")
+    group_size = getattr(config, "group_size", None)
+    if group_size is not None:
+        _check_positive(f"{where}.group_size", group_size)
+
+
+def _check_positive(label: str, value: int) -> None:
+    if value < 1:
+        raise ConfigError(f"{label}={value} must be at least 1")
+
+
+def _check_ratio(label: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise ConfigError(f"{label}={value} must lie above 0 and at most at 1")
+
+
+def _check_bits(label: str, n_bits: int) -> None:
+    if n_bits not in (*CODE_BITS, FLOAT_BITS):
+        raise ConfigError(f"{label}={n_bits} must be one of 2, 3, 4, 8 or 16 (16 = floating point)")
+
+
+def _check_number_format(where: str, n_bits: int, number_format: NumberFormat, symmetric: bool) -> None:
+    _check_bits(f"{where}.n_bits", n_bits)
+    if number_format != "int" and (n_bits != 4 or not symmetric):
+        raise ConfigError(
+            f"{where}.number_format {number_format} has 16 codes and no zero point; "
+            f"it needs {where}.n_bits=4 and {where}.symmetric=true"
+        )
+
+
+def _check_progressive(
+    where: str, scale_mode: ScaleMode, n_bits: int, number_format: NumberFormat, symmetric: bool
+) -> None:
+    if scale_mode == "progressive" and not (n_bits <= 4 and number_format == "int" and symmetric):
+        raise ConfigError(
+            f"{where}.scale_mode progressive multiplies codes by factors up to 16 within INT8; "
+            f"it needs symmetric integers of at most 4 bits"
+        )

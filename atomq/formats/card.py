@@ -1,0 +1,60 @@
+"""The model card (README.md) of a checkpoint: what it is and how to load it."""
+
+from __future__ import annotations
+
+from atomq.config import FLOAT_BITS, QuantScheme, Recipe
+
+
+def scheme_name(scheme: QuantScheme) -> str:
+    """Such as "W4A4KV4"."""
+    name = f"W{scheme.weights.n_bits}A{scheme.activations.n_bits}"
+    return name if scheme.kv.n_bits == FLOAT_BITS else f"{name}KV{scheme.kv.n_bits}"
+
+
+def model_card(source_name: str, recipe: Recipe, bits: dict[str, float], version: str) -> str:
+    """Markdown; depends on nothing but its arguments."""
+    scheme, solver = recipe.scheme, recipe.solver
+    outliers = scheme.outliers
+    kept = f"{outliers.n_outliers} in {outliers.precision}" if outliers.n_outliers else "none"
+    return f"""---
+base_model: {source_name}
+library_name: transformers
+tags: [atomq, quantized, int4]
+---
+# {source_name}, {scheme_name(scheme)} by atomq
+
+| | |
+| --- | --- |
+| weights | {scheme.weights.n_bits} bits ({scheme.weights.number_format}), groups of
+{_size(scheme.weights.group_size)}, {bits["weight"]:.3f} effective bits |
+| activations | {scheme.activations.n_bits} bits, groups of {_size(scheme.activations.group_size)},
+{bits["activation"]:.3f} effective bits |
+| KV cache | {scheme.kv.n_bits} bits, {bits["kv"]:.3f} effective bits |
+| outlier channels per input | {kept} |
+| solver | {solver.method} |
+
+Made with atomq {version}. The whole recipe, the source's and the calibration data's hashes and a SHA-256 of
+every file are in `manifest.json`.
+
+## Load it
+
+```
+pip install atomq
+atomq generate THIS_FOLDER "Once upon a time"
+atomq eval-ppl THIS_FOLDER
+```
+
+```python
+import atomq.hf  # teaches transformers the format; without it transformers loads random weights
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
+```
+
+The licence of the weights is that of the base model.
+"""
+
+
+def _size(group_size: int | None) -> str:
+    return "a whole row" if group_size is None else str(group_size)

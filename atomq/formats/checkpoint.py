@@ -1,0 +1,265 @@
+"""Writing and reading a checkpoint folder: shards, index, manifest.
+
+A folder appears under its name only when all of it is written. Every file but those under reports/ is listed
+in the manifest with its size and SHA-256, and depends on nothing but the model, the recipe, the data and the
+versions.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from atomq.errors import CheckpointError, ConfigError, StorageError
+from atomq.formats.files import file_sha256, write_file, write_json
+from atomq.formats.schema import FORMAT_VERSION, QUANT_METHOD
+from atomq.numerics.linear import TensorSpec
+
+MANIFEST = "manifest.json"
+INDEX = "model.safetensors.index.json"
+REPORTS = "reports"
+
+_DTYPES = {
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class CheckpointWriter:
+    """Writes a checkpoint beside its final place and moves it there when `publish` is called.
+
+    Used as a context manager: leaving it without `publish` removes all that was written.
+
+    Raises:
+        ConfigError: `out` exists and `overwrite` is not set, or it holds something other than a checkpoint.
+        StorageError: a file or folder cannot be written.
+    """
+
+    def __init__(self, out: Path, *, overwrite: bool) -> None:
+        _refuse_existing(out, overwrite)
+        self.out = out
+        self.folder = out.parent / f".{out.name}.partial"
+        self.n_shards = 1  # known once the model is; part of every shard's name
+        self.total_size = 0
+        self._weight_map: dict[str, str] = {}
+
+    def __enter__(self) -> CheckpointWriter:
+        try:
+            if self.folder.exists():
+                shutil.rmtree(self.folder)
+            self.folder.mkdir(parents=True)
+        except OSError as error:
+            raise StorageError(f"cannot write {self.folder}: {error.strerror or error}") from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.folder.exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def write_shard(self, number: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write shard `number` (from 1) whole."""
+        name = f"model-{number:05}-of-{self.n_shards:05}.safetensors"
+        contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        write_file(self.folder / name, save(contiguous, metadata={"format": "pt"}))
+        for key, tensor in contiguous.items():
+            self._weight_map[key] = name
+            self.total_size += tensor.numel() * tensor.element_size()
+
+    def write_index(self) -> None:
+        index = {"metadata": {"total_size": self.total_size}, "weight_map": self._weight_map}
+        write_json(self.folder / INDEX, index)
+
+    def write_manifest(self, facts: Mapping[str, Any]) -> None:
+        """Write the manifest over all files there are, with `facts` (recipe, source, versions) beside
+        them.
+        """
+        names = sorted(path.name for path in self.folder.iterdir() if path.is_file())
+        files = {
+            name: {"bytes": (self.folder / name).stat().st_size, "sha256": file_sha256(self.folder / name)}
+            for name in names
+        }
+        manifest = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "files": files, **facts}
+        write_json(self.folder / MANIFEST, manifest)
+
+    def publish(self) -> None:
+        """Give the folder its name, in place of an older checkpoint if that was allowed."""
+        previous = self.out.parent / f".{self.out.name}.previous"
+        try:
+            if self.out.exists():
+                self.out.rename(previous)
+            self.folder.rename(self.out)
+        except OSError as error:
+            if previous.exists() and not self.out.exists():
+                previous.rename(self.out)
+            raise StorageError(f"cannot rename {self.folder} to {self.out}: {error.strerror}") from error
+        shutil.rmtree(previous, ignore_errors=True)
+
+
+def _refuse_existing(out: Path, overwrite: bool) -> None:
+    if not out.exists():
+        return
+    if not overwrite:
+        raise ConfigError(f"{out} exists; name another folder or add --overwrite")
+    if not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).is_file()):
+        raise ConfigError(
+            f"{out} is not a checkpoint of atomq, so --overwrite does not touch it; remove it yourself"
+        )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint folder.
+
+    Raises:
+        CheckpointError: it is missing or not a JSON object.
+    """
+    return _read_json(folder / "config.json")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint folder, checked as far as its form goes."""
+    manifest = _read_json(folder / MANIFEST)
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(
+        isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry) and _is_plain(name)
+        for name, entry in files.items()
+    ):
+        raise CheckpointError(f"{MANIFEST} of {folder.name} is not a manifest of atomq")
+    return manifest
+
+
+def check_files(folder: Path, *, hashes: bool) -> int:
+    """Compare every listed file with the manifest: size always, SHA-256 if `hashes`. Answer their number.
+
+    Raises:
+        CheckpointError: naming every file that is missing, of another size, or altered.
+    """
+    files = read_manifest(folder)["files"]
+    wrong = []
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file():
+            wrong.append(f"{name} is missing")
+        elif path.stat().st_size != entry["bytes"]:
+            wrong.append(f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}")
+        elif hashes and file_sha256(path) != entry["sha256"]:
+            wrong.append(f"{name} has been altered (SHA-256 differs)")
+    if wrong:
+        raise CheckpointError(f"{folder.name} differs from its manifest: {'; '.join(wrong)}")
+    return len(files)
+
+
+def weight_map(folder: Path) -> dict[str, str]:
+    """Tensor name -> shard file name, from the index.
+
+    Raises:
+        CheckpointError: the index is missing or names a file outside the folder.
+    """
+    mapping = _read_json(folder / INDEX).get("weight_map")
+    if not isinstance(mapping, dict) or not all(_is_plain(name) for name in mapping.values()):
+        raise CheckpointError(f"{INDEX} of {folder.name} has no usable weight_map")
+    return mapping
+
+
+def tensor_headers(folder: Path) -> dict[str, TensorSpec]:
+    """Dtype and shape of every tensor as the shards' headers state them; no data is read.
+
+    Raises:
+        CheckpointError: a shard is missing, truncated, or holds other tensors than the index says.
+    """
+    mapping = weight_map(folder)
+    headers: dict[str, TensorSpec] = {}
+    for shard in sorted(set(mapping.values())):
+        with open_shard(folder / shard) as file:
+            for name in file.keys():  # noqa: SIM118 -- not a dict
+                piece = file.get_slice(name)
+                dtype = _DTYPES.get(piece.get_dtype())
+                if dtype is None:
+                    raise CheckpointError(
+                        f"{name} in {shard} has dtype {piece.get_dtype()}, which is not used here"
+                    )
+                if mapping.get(name) != shard:
+                    raise CheckpointError(f"{shard} holds {name}, which {INDEX} does not place there")
+                headers[name] = TensorSpec((dtype,), tuple(piece.get_shape()))
+    absent = sorted(set(mapping) - set(headers))
+    if absent:
+        raise CheckpointError(f"{folder.name} lacks tensors that its index names: {_some(absent)}")
+    return headers
+
+
+def check_tensors(headers: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec]) -> None:
+    """Refuse missing, unexpected and misshapen tensors.
+
+    Raises:
+        CheckpointError: naming the tensors, what they are and what they must be.
+    """
+    absent, strange = sorted(set(expected) - set(headers)), sorted(set(headers) - set(expected))
+    if absent:
+        raise CheckpointError(f"the checkpoint lacks {_some(absent)}")
+    if strange:
+        raise CheckpointError(f"the checkpoint has tensors that do not belong to it: {_some(strange)}")
+    for name, spec in expected.items():
+        found = headers[name]
+        if found.shape != spec.shape or found.dtypes[0] not in spec.dtypes:
+            allowed = " or ".join(_NAMES[dtype] for dtype in spec.dtypes)
+            raise CheckpointError(
+                f"{name} is {_NAMES[found.dtypes[0]]} {list(found.shape)}; "
+                f"it must be {allowed} {list(spec.shape)}"
+            )
+
+
+def read_tensors(folder: Path, names: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Read the named tensors exactly as stored."""
+    mapping = weight_map(folder)
+    for shard in sorted({mapping[name] for name in names}):
+        with open_shard(folder / shard) as file:
+            for name in sorted(names):
+                if mapping[name] == shard:
+                    yield name, file.get_tensor(name)
+
+
+def open_shard(path: Path) -> Any:
+    """`safe_open` with errors that name the file."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path.name} cannot be read: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path.parent.name} has no {path.name}; it is not a whole checkpoint"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path.name} of {path.parent.name} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path.name} of {path.parent.name} must hold a JSON object")
+    return value
+
+
+def _is_plain(name: object) -> bool:
+    """Whether a file name from a file stays inside the folder."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,130 @@
+"""What a checkpoint says about itself and which tensors it must hold (docs/format.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from atomq.config import QuantScheme, from_dict, to_dict
+from atomq.errors import CheckpointError, ConfigError
+from atomq.models.families import LinearGroup, LinearShape, ModelFamily
+from atomq.numerics.linear import TensorSpec, linear_specs
+
+QUANT_METHOD = "atomq"
+FORMAT_VERSION = 1
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def quantization_config(family: ModelFamily, scheme: QuantScheme) -> dict[str, Any]:
+    """The `quantization_config` of config.json: enough to rebuild `family` and `scheme`."""
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "scheme": to_dict(scheme),
+        "family": asdict(family),
+    }
+
+
+def parse_quantization_config(config: Mapping[str, Any]) -> tuple[ModelFamily, QuantScheme]:
+    """Undo `quantization_config`.
+
+    Raises:
+        CheckpointError: another method or version, or a mode that this version does not know.
+    """
+    if config.get("quant_method") != QUANT_METHOD:
+        raise CheckpointError(f"quant_method is {config.get('quant_method')!r}, not {QUANT_METHOD!r}")
+    version = config.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"the checkpoint has format_version {version!r}; this atomq reads {FORMAT_VERSION}: "
+            f"update atomq, or quantize the model again"
+        )
+    try:
+        scheme = from_dict(QuantScheme, config.get("scheme"), "scheme.")
+    except ConfigError as error:
+        raise CheckpointError(f"config.json: {error}") from error
+    return _parse_family(config.get("family")), scheme
+
+
+def _parse_family(value: Any) -> ModelFamily:
+    try:
+        groups = tuple(
+            LinearGroup(tuple(map(str, group["linears"])), tuple(map(str, group["absorbed_by"])))
+            for group in value["groups"]
+        )
+        names = {name: str(value[name]) for name in asdict(ModelFamily("", ())) if name != "groups"}
+    except (TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"config.json: the table of linear groups is not readable ({error!r})"
+        ) from None
+    if not groups or not all(group.linears for group in groups):
+        raise CheckpointError("config.json: the table of linear groups is empty")
+    return ModelFamily(groups=groups, **names)
+
+
+def linear_tensors(
+    family: ModelFamily, scheme: QuantScheme, shapes: Mapping[str, LinearShape]
+) -> dict[str, TensorSpec]:
+    """Name -> dtypes and shape of every tensor that replaces the weight of a linear.
+
+    Args:
+        shapes: the unquantized linears of all blocks by full name, such as "model.layers.0.mlp.up_proj".
+    """
+    if not scheme.quantizes_linears:
+        return {}
+    owners = {group.owner for group in family.groups}
+    tensors: dict[str, TensorSpec] = {}
+    for name, shape in shapes.items():
+        relative = name.removeprefix(f"{family.blocks}.").partition(".")[2]
+        specs = linear_specs(shape.n_out, shape.n_in, scheme)
+        if not specs:
+            specs = {"weight": TensorSpec(FLOAT_DTYPES, (shape.n_out, shape.n_in))}
+        if shape.has_bias:
+            specs["bias"] = TensorSpec(FLOAT_DTYPES, (shape.n_out,))
+        if scheme.outliers.reorder and relative in owners:
+            specs["perm"] = TensorSpec((torch.int32,), (shape.n_in,))
+        tensors |= {f"{name}.{suffix}": spec for suffix, spec in specs.items()}
+    return tensors
+
+
+def code_bytes(scheme: QuantScheme, shapes: Mapping[str, LinearShape]) -> int:
+    """Bytes that all weights take: codes, scales, zeros and outliers, scales counted as F16."""
+    total = 0
+    for shape in shapes.values():
+        specs = linear_specs(shape.n_out, shape.n_in, scheme)
+        total += sum(torch.Size(s.shape).numel() * s.dtypes[0].itemsize for s in specs.values())
+        if not specs:
+            total += 2 * shape.n_out * shape.n_in
+    return total
+
+
+def effective_bits(scheme: QuantScheme, shapes: Mapping[str, LinearShape], head_dim: int) -> dict[str, float]:
+    """Bits per weight, per activation (mean over linear inputs) and per KV entry, scales included."""
+    n_weights = sum(shape.n_out * shape.n_in for shape in shapes.values())
+    inputs = [shape.n_in for shape in shapes.values()]
+    activation_bits = sum(_activation_bits(scheme, n_in) for n_in in inputs)
+    kv_bits = scheme.kv.n_bits + (32 / head_dim if scheme.kv.n_bits < 16 else 0)
+    return {
+        "weight": 8 * code_bytes(scheme, shapes) / n_weights,
+        "activation": activation_bits / sum(inputs),
+        "kv": float(kv_bits),
+    }
+
+
+def _activation_bits(scheme: QuantScheme, n_in: int) -> float:
+    """Bits of one token's input of width `n_in`: codes, float32 scales (or base and factors), outliers."""
+    activations, outliers = scheme.activations, scheme.outliers
+    if activations.n_bits == 16:
+        return 16.0 * n_in
+    n_normal = n_in - outliers.n_outliers
+    n_groups = -(-n_normal // (activations.group_size or n_normal))
+    bits = float(n_normal * activations.n_bits)
+    bits += 32 + 8 * n_groups if activations.scale_mode == "progressive" else 32 * n_groups
+    bits += 0 if activations.symmetric else 8 * n_groups
+    if outliers.n_outliers:
+        bits += outliers.n_outliers * {"int8": 8, "fp16": 16, "e5m2": 8, "e4m3": 8}[outliers.precision]
+        bits += 32 if outliers.precision == "int8" else 0
+    return bits

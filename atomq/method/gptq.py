@@ -1,0 +1,149 @@
+"""Weight codes: GPTQ (arXiv 2210.17323, Algorithm 1) as Atom uses it, and rounding to nearest.
+
+Columns are taken in their stored order (the reordering has put salient channels last; no act-order). Column
+blocks end where groups end, so every group's scale is found from fully compensated weights. Outlier columns
+come last: they take up the compensation of all others and are then encoded in their own precision.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from atomq.config import QuantScheme, SolverConfig
+from atomq.errors import AtomqError
+from atomq.kernels.gptq import gptq_block
+from atomq.numerics.groups import group_bounds
+from atomq.numerics.outliers import encode_outliers
+from atomq.numerics.weights import (
+    GroupScales,
+    QuantizedWeight,
+    find_base_scales,
+    find_group_scales,
+    spread_rows,
+    weight_grid,
+)
+
+MAX_COLUMN_BLOCK = 128
+MAX_DAMP_FRAC = 100.0
+
+
+@dataclass(frozen=True)
+class DampedFactor:
+    """`hinv_chol` [K, K]: upper Cholesky factor of the inverse of the damped Hessian; `dead` [K] bool
+    channels.
+
+    `damp_frac` is the fraction that was needed; above the configured one if the factorization failed at
+    first.
+    """
+
+    hinv_chol: torch.Tensor
+    dead: torch.Tensor
+    damp_frac: float
+
+
+def factorize_hessian(hessian: torch.Tensor, damp_frac: float) -> DampedFactor:
+    """Damp and factorize `hessian` [K, K] in float64; the factor comes back in the Hessian's dtype.
+
+    Channels that were never active get a unit diagonal. A failing factorization raises the damping tenfold.
+
+    Raises:
+        AtomqError: no damping up to MAX_DAMP_FRAC helps, so the Hessian is not finite.
+    """
+    exact = hessian.to(torch.float64, copy=True)
+    diagonal = exact.diagonal()
+    dead = diagonal == 0
+    diagonal[dead] = 1.0
+    mean = diagonal.mean()
+    while damp_frac <= MAX_DAMP_FRAC:
+        damped = exact.clone()
+        damped.diagonal().add_(damp_frac * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed):
+            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not int(failed) and bool(torch.isfinite(factor).all()):
+                return DampedFactor(factor.to(hessian.dtype), dead, damp_frac)
+        damp_frac *= 10
+    raise AtomqError(
+        f"the Hessian has no Cholesky factor even with damp_frac {damp_frac / 10:g}; "
+        f"the activations are not finite"
+    )
+
+
+def gptq_quantize(
+    weight: torch.Tensor, factor: DampedFactor, scheme: QuantScheme, solver: SolverConfig
+) -> QuantizedWeight:
+    """Quantize `weight` [N, K] (stored order and basis, not changed) column by column with compensation.
+
+    Works in the weight's dtype: float32, or float64 on the CPU for oracles.
+    """
+    weights, n_outliers = scheme.weights, scheme.outliers.n_outliers
+    W = weight.clone()
+    W[:, factor.dead] = 0
+    n_rows, n_normal = W.shape[0], W.shape[1] - n_outliers
+    hinv_chol = factor.hinv_chol.to(W.dtype)
+    grid = weight_grid(weights)
+    base = find_base_scales(W[:, :n_normal], weights, solver.clip_ratio, solver.scale_span)
+    codes = torch.empty(n_rows, n_normal, dtype=torch.int16, device=W.device)
+    groups: list[GroupScales] = []
+    for group_start, group_end in group_bounds(n_normal, weights.group_size):
+        group = find_group_scales(
+            W[:, group_start:group_end], weights, solver.clip_ratio, solver.scale_span, base
+        )
+        groups.append(group)
+        scales = spread_rows(group.scales, n_rows, weights.channel_group)
+        zeros = None if group.zeros is None else spread_rows(group.zeros, n_rows, weights.channel_group)
+        for start in range(group_start, group_end, MAX_COLUMN_BLOCK):
+            end = min(start + MAX_COLUMN_BLOCK, group_end)
+            block, _, errors = gptq_block(
+                W[:, start:end], scales, zeros, hinv_chol[start:end, start:end], grid
+            )
+            codes[:, start:end] = block
+            W[:, end:] -= errors @ hinv_chol[start:end, end:]
+    return _assemble(codes, groups, base, W[:, n_normal:], scheme)
+
+
+def rtn_quantize(weight: torch.Tensor, scheme: QuantScheme, solver: SolverConfig) -> QuantizedWeight:
+    """Quantize `weight` [N, K] by rounding every value to nearest; scales, clip and outliers as in GPTQ."""
+    weights, n_outliers = scheme.weights, scheme.outliers.n_outliers
+    n_rows, n_normal = weight.shape[0], weight.shape[1] - n_outliers
+    grid = weight_grid(weights)
+    base = find_base_scales(weight[:, :n_normal], weights, solver.clip_ratio, solver.scale_span)
+    codes = torch.empty(n_rows, n_normal, dtype=torch.int16, device=weight.device)
+    groups: list[GroupScales] = []
+    for start, end in group_bounds(n_normal, weights.group_size):
+        columns = weight[:, start:end]
+        group = find_group_scales(columns, weights, solver.clip_ratio, solver.scale_span, base)
+        groups.append(group)
+        scales = spread_rows(group.scales, n_rows, weights.channel_group).unsqueeze(-1)
+        zeros = group.zeros
+        if zeros is not None:
+            zeros = spread_rows(zeros, n_rows, weights.channel_group).unsqueeze(-1)
+        codes[:, start:end] = grid.round(columns / scales, zeros).to(torch.int16)
+    return _assemble(codes, groups, base, weight[:, n_normal:], scheme)
+
+
+def _assemble(
+    codes: torch.Tensor,
+    groups: list[GroupScales],
+    base: torch.Tensor | None,
+    outlier_columns: torch.Tensor,
+    scheme: QuantScheme,
+) -> QuantizedWeight:
+    """Stack the groups' scales [.., G] and encode the outlier columns [N, k]."""
+
+    def stack(parts: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(parts, dim=1) if parts else codes.new_empty((0, 0), dtype=outlier_columns.dtype)
+
+    outliers = None
+    if scheme.outliers.n_outliers:
+        outliers = encode_outliers(outlier_columns, scheme.outliers.precision, stored=True)
+    return QuantizedWeight(
+        codes,
+        stack([group.scales for group in groups]),
+        None if scheme.weights.symmetric else stack([g.zeros for g in groups if g.zeros is not None]),
+        outliers,
+        base,
+        None if base is None else stack([g.factors for g in groups if g.factors is not None]),
+    )

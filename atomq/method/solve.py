@@ -1,0 +1,94 @@
+"""Solving one linear group: GPTQ or rounding, and what to do when there are too few calibration tokens.
+
+A Hessian of fewer tokens than channels has no full rank: GPTQ then fits the tokens it saw and may lose to
+plain rounding on all others. In that case a quarter of the tokens is held out, GPTQ at several dampings and
+rounding are compared on them, and the best is taken; so the result is never worse than rounding on tokens it
+was not fitted to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from atomq.config import QuantScheme, SolverConfig
+from atomq.method.gptq import factorize_hessian, gptq_quantize, rtn_quantize
+from atomq.method.hessian import HessianAccumulator, output_error
+from atomq.numerics.weights import QuantizedWeight
+
+SHORT_DAMPINGS = (1.0, 10.0, 100.0)  # multiples of damp_frac that compete when tokens are few
+
+
+@dataclass(frozen=True)
+class SolvedLinear:
+    """One linear's codes and how they came about.
+
+    Attributes:
+        method: "gptq" or "rtn", after the choice described above.
+        damp_frac: the damping used, None for rtn.
+        relative_error: squared output error over squared output on the calibration tokens, None without
+        Hessian. n_dead: input channels that were never active.
+    """
+
+    weight: QuantizedWeight
+    method: str
+    damp_frac: float | None
+    relative_error: float | None
+    n_dead: int
+
+
+def solve_group(
+    weights: list[torch.Tensor], hessian: HessianAccumulator | None, scheme: QuantScheme, solver: SolverConfig
+) -> list[SolvedLinear]:
+    """Quantize the float weights [N_i, K] of linears that share an input. Without a Hessian: rounding."""
+    if hessian is None:
+        return [SolvedLinear(rtn_quantize(w, scheme, solver), "rtn", None, None, 0) for w in weights]
+    damp_frac: float | None = solver.damp_frac
+    if hessian.held_out is not None:
+        damp_frac = _choose_damping(weights, hessian, scheme, solver)
+    total = hessian.hessian
+    n_dead = int((total.diagonal() == 0).sum())
+    if damp_frac is None:
+        solved = [rtn_quantize(w, scheme, solver) for w in weights]
+        used = None
+    else:
+        factor = factorize_hessian(total, damp_frac)
+        solved = [gptq_quantize(w, factor, scheme, solver) for w in weights]
+        used = factor.damp_frac
+    method = "rtn" if damp_frac is None else "gptq"
+    return [
+        SolvedLinear(quantized, method, used, _relative_error(weight, quantized, total, scheme), n_dead)
+        for weight, quantized in zip(weights, solved, strict=True)
+    ]
+
+
+def _choose_damping(
+    weights: list[torch.Tensor], hessian: HessianAccumulator, scheme: QuantScheme, solver: SolverConfig
+) -> float | None:
+    """The damping whose codes do best on the held-out tokens; None if rounding does better than all."""
+    assert hessian.held_out is not None
+    held_out = hessian.held_out
+
+    def loss(candidates: list[QuantizedWeight]) -> float:
+        return sum(
+            output_error(w - q.dequantize(scheme.weights, w.dtype), held_out)
+            for w, q in zip(weights, candidates, strict=True)
+        )
+
+    best, best_loss = None, loss([rtn_quantize(w, scheme, solver) for w in weights])
+    for multiple in SHORT_DAMPINGS:
+        factor = factorize_hessian(hessian.fit, solver.damp_frac * multiple)
+        candidate = loss([gptq_quantize(w, factor, scheme, solver) for w in weights])
+        if candidate < best_loss:
+            best, best_loss = factor.damp_frac, candidate
+    return best
+
+
+def _relative_error(
+    weight: torch.Tensor, quantized: QuantizedWeight, hessian: torch.Tensor, scheme: QuantScheme
+) -> float:
+    """Squared output error of the codes over the squared output, on the tokens of `hessian`."""
+    difference = weight - quantized.dequantize(scheme.weights, weight.dtype)
+    output = output_error(weight, hessian)
+    return output_error(difference, hessian) / output if output > 0 else 0.0

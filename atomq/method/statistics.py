@@ -1,0 +1,39 @@
+"""Channel statistics of the float model's activations, and the order of channels made from them.
+
+Atom section 4.1: channels are sorted by a score, so the outliers come last and the groups before them hold
+channels of like magnitude. Only the diagonal of the Hessian is ever formed.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from atomq.numerics.channels import ChannelStatistics
+
+
+class StatisticsAccumulator:
+    """Adds up `ChannelStatistics` over windows, in float64."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self._sum_squares = torch.zeros(width, dtype=torch.float64, device=device)
+        self._abs_mean = torch.zeros(width, dtype=torch.float64, device=device)
+        self._n_tokens = 0
+
+    def add(self, x: torch.Tensor) -> None:
+        """Take in activations [n_windows, seq_len, K]."""
+        self._sum_squares += x.square().sum((0, 1), dtype=torch.float64)
+        largest = x.abs().mean(1, dtype=torch.float64).amax(0)
+        self._abs_mean = torch.maximum(self._abs_mean, largest)
+        self._n_tokens += x.shape[0] * x.shape[1]
+
+    def result(self) -> ChannelStatistics:
+        hessian = 2 * self._sum_squares / max(self._n_tokens, 1)
+        return ChannelStatistics(hessian.float().cpu(), self._abs_mean.float().cpu())
+
+
+def channel_order(score: torch.Tensor) -> torch.Tensor:
+    """The permutation [K] (new position -> old channel) that sorts channels by ascending score.
+
+    Equal scores keep their order, so that equal statistics give equal permutations everywhere.
+    """
+    return torch.argsort(score, stable=True).to(torch.int32)

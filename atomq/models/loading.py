@@ -1,0 +1,286 @@
+"""From a source to a float model on the CPU, its tokenizer, and the files that go along with it.
+
+Directories and GGUF files take the same path: a config, an empty model made from it, the names and
+shapes of the files' tensors held against those of that model, and only then the tensors, one by one.
+Code that a model brings along (`trust_remote_code`) is never run.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging as transformers_logging
+
+from atomq.errors import ConfigError, StorageError, UnsupportedModelError
+from atomq.models.families import find_family
+from atomq.models.gguf import read_gguf
+from atomq.models.gguf_model import gguf_config, gguf_tensors
+from atomq.models.gguf_tokenizer import gguf_tokenizer
+from atomq.models.source import ModelSource, read_config, weight_files
+from atomq.models.weights import StoredTensor, read_safetensors_header
+
+STORAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them must be there
+_COMPANIONS = (
+    *_TOKENIZER_FILES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+# What transformers raises at a config.json with values of the wrong kind.
+_CONFIG_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    ZeroDivisionError,
+    StrictDataclassError,
+)
+
+
+def load_float_model(source: ModelSource, storage_dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Load the model on the CPU, in eval mode, with float32 parameters that need no gradient.
+
+    The weights are first rounded (to nearest, ties to even) to the dtype in which what is not quantized
+    will be stored, so that calibration sees exactly the weights that the checkpoint holds.
+
+    Args:
+        storage_dtype: float16, bfloat16 or float32; None takes the dtype of the source's embeddings, and
+            float16 for GGUF.
+
+    Returns:
+        A model whose `config.dtype` is the storage dtype and whose config names no path and no
+        quantization.
+
+    Raises:
+        UnsupportedModelError: the family is not known, or a tensor is missing, unknown, misshapen, not
+            finite or too large for the storage dtype; the message names it.
+        ConfigError: the storage dtype is none of the three.
+    """
+    config = _load_config(source)
+    family = find_family(config.model_type)
+    stored = _stored_tensors(source, config)
+    if config.num_hidden_layers > len(stored):  # a corrupt number could ask for a billion blocks
+        raise UnsupportedModelError(
+            f"{source.name} should have {config.num_hidden_layers} blocks (num_hidden_layers), "
+            f"but has only {len(stored)} tensors"
+        )
+    empty = _empty_model(config, source)
+    expected = {name: tuple(parameter.shape) for name, parameter in empty.named_parameters()}
+    tied_head = stored.pop(f"{family.lm_head}.weight", None) if config.tie_word_embeddings else None
+    _check_names_and_shapes(stored, expected, source)
+    embeddings = stored[f"{family.embeddings}.weight"]
+    storage_dtype = storage_dtype or embeddings.dtype or torch.float16
+    if storage_dtype not in STORAGE_DTYPES:
+        raise ConfigError(f"storage dtype {storage_dtype} is none of {STORAGE_DTYPES}")
+    if tied_head is not None and not torch.equal(tied_head.read(), embeddings.read()):
+        raise UnsupportedModelError(
+            f"{source.name}: {family.lm_head}.weight differs from the embeddings, but config.json ties them "
+            f"(tie_word_embeddings); correct config.json"
+        )
+    weights = {name: _rounded(name, stored[name].read(), storage_dtype, source) for name in expected}
+    model = _filled_model(type(empty), config, weights)
+    model.config.dtype = storage_dtype
+    model.config.architectures = [type(model).__name__]
+    model.config._name_or_path = source.name  # or a later save would publish the local path
+    model.generation_config = _generation_config(source, config)
+    model.requires_grad_(False)
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """Load the tokenizer.
+
+    A tokenizer.json is taken as it stands. (The tokenizer classes of transformers 5 rebuild it from its
+    vocabulary and merges alone, and so lose a pre-tokenizer that is not their own, such as one that
+    splits digits.)
+
+    Raises:
+        UnsupportedModelError: there is none, or it cannot be read.
+    """
+    if source.kind == "gguf":
+        return gguf_tokenizer(read_gguf(source.path))
+    if not any((source.path / name).is_file() for name in _TOKENIZER_FILES):
+        raise UnsupportedModelError(
+            f"{source.name} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is there"
+        )
+    whole = (source.path / "tokenizer.json").is_file()
+    try:
+        if whole:
+            json.loads((source.path / "tokenizer.json").read_text(encoding="utf-8"))
+        loader = PreTrainedTokenizerFast if whole else AutoTokenizer
+        tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(source.path, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise UnsupportedModelError(f"{source.name}: the tokenizer cannot be read: {error}") from error
+    return tokenizer
+
+
+def write_companions(source: ModelSource, folder: Path) -> None:
+    """Put the files that make a checkpoint usable beside it: tokenizer, chat template, generation config.
+
+    Those of a directory are copied byte for byte, licence included, but for a local path that some
+    versions of transformers left in tokenizer_config.json; those of a GGUF file are written from its
+    metadata. Never config.json, never weights.
+
+    Raises:
+        UnsupportedModelError: a GGUF file has no tokenizer.
+        StorageError: a file cannot be written.
+    """
+    try:
+        if source.kind == "gguf":
+            load_tokenizer(source).save_pretrained(folder)
+            _generation_config(source, _load_config(source)).save_pretrained(folder)
+            return
+        for pattern in _COMPANIONS:
+            for file in sorted(source.path.glob(pattern)):
+                if file.name == "tokenizer_config.json":
+                    _copy_without_paths(file, folder / file.name)
+                elif file.is_file():
+                    shutil.copyfile(file, folder / file.name)
+    except OSError as error:
+        raise StorageError(f"the tokenizer's files cannot be written to {folder}: {error}") from error
+
+
+def _load_config(source: ModelSource) -> PreTrainedConfig:
+    """The config of a source of a known family, built by transformers."""
+    try:
+        if source.kind == "gguf":
+            return gguf_config(read_gguf(source.path))
+        find_family(read_config(source)["model_type"])
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source.path, local_files_only=True)
+    except _CONFIG_ERRORS as error:
+        raise UnsupportedModelError(f"{source.name}: the config is unusable: {error}") from error
+    return config
+
+
+def _empty_model(config: PreTrainedConfig, source: ModelSource) -> PreTrainedModel:
+    """The model's skeleton on the meta device: names and shapes, no memory."""
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, attn_implementation="sdpa"
+            )
+    except (*_CONFIG_ERRORS, RuntimeError, AssertionError) as error:
+        raise UnsupportedModelError(f"{source.name}: the config makes no model: {error}") from error
+    return model
+
+
+def _stored_tensors(source: ModelSource, config: PreTrainedConfig) -> dict[str, StoredTensor]:
+    """All tensors of the source's files by transformers' names; a name that occurs twice is refused."""
+    if source.kind == "gguf":
+        return gguf_tensors(read_gguf(source.path), config)
+    stored: dict[str, StoredTensor] = {}
+    for file in weight_files(source):
+        for name, tensor in read_safetensors_header(file).items():
+            if name in stored:
+                raise UnsupportedModelError(f"{source.name} has {name} in two files; fetch the model again")
+            if not name.endswith("rotary_emb.inv_freq"):  # old files carry it; the config gives it
+                stored[name] = tensor
+    return stored
+
+
+def _check_names_and_shapes(
+    stored: dict[str, StoredTensor], expected: dict[str, tuple[int, ...]], source: ModelSource
+) -> None:
+    missing, unknown = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
+    for names, verb in ((missing, "lacks"), (unknown, "has")):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UnsupportedModelError(
+                f"{source.name} {verb} the tensor {names[0]}{more}, which its config "
+                f"{'asks for' if verb == 'lacks' else 'has no place for'}; "
+                f"fetch the model again, or correct its config"
+            )
+    for name, shape in expected.items():
+        if stored[name].shape != shape:
+            raise UnsupportedModelError(
+                f"{source.name}: {name} has shape {list(stored[name].shape)}, "
+                f"but its config asks for {list(shape)}"
+            )
+
+
+def _rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype, source: ModelSource) -> torch.Tensor:
+    """`tensor` rounded to `dtype`, as float32."""
+    if not tensor.isfinite().all():
+        raise UnsupportedModelError(f"{source.name}: {name} holds NaN or Inf; the file is broken")
+    rounded = tensor.to(dtype).float()
+    if not rounded.isfinite().all():
+        raise UnsupportedModelError(
+            f"{source.name}: {name} reaches {tensor.abs().max().item():.3g}, beyond the range of {dtype}; "
+            f"store as bfloat16 instead"
+        )
+    return rounded
+
+
+def _filled_model(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, weights: dict[str, torch.Tensor]
+) -> PreTrainedModel:
+    """The model with `weights` as its parameters; their memory becomes the model's."""
+    shows_progress = transformers_logging.is_progress_bar_enabled()
+    # Else a bar would count tensors that are in memory already.
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        return model_class.from_pretrained(
+            None, config=config, state_dict=weights, dtype=torch.float32, attn_implementation="sdpa"
+        )
+    finally:
+        if shows_progress:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _generation_config(source: ModelSource, config: PreTrainedConfig) -> GenerationConfig:
+    """The source's generation_config.json, or what its config or GGUF metadata says."""
+    if source.kind == "directory" and (source.path / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(source.path, local_files_only=True)
+    return GenerationConfig.from_model_config(config)
+
+
+def _copy_without_paths(file: Path, target: Path) -> None:
+    """Copy tokenizer_config.json byte for byte, or without the keys that hold a local path."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UnsupportedModelError(f"{file.name} cannot be read: {error}") from error
+    leaks = [
+        key for key, value in content.items() if key.endswith(("_file", "name_or_path")) and _is_path(value)
+    ]
+    if not leaks:
+        shutil.copyfile(file, target)
+        return
+    kept = {key: value for key, value in content.items() if key not in leaks}
+    target.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _is_path(value: object) -> bool:
+    """Whether `value` names a place on some machine, rather than a hub id or a plain file name."""
+    if not isinstance(value, str):
+        return False
+    return (
+        PurePosixPath(value).is_absolute()
+        or PureWindowsPath(value).is_absolute()
+        or value.startswith((".", "~"))
+    )

@@ -1,0 +1,60 @@
+"""Quantization of the KV cache: asymmetric, per token and head (Atom section 4.4).
+
+Per token and head: codes 0 .. 2^b - 1, an F16 scale and an F16 minimum, both rounded before codes are made:
+value = code * scale + minimum. With the Hadamard rotation the head is transformed before coding and back
+after.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from atomq.config import KVScheme
+from atomq.numerics.activations import compute_dtype
+from atomq.numerics.hadamard import transform_blocks
+from atomq.numerics.scales import F16_LARGEST
+
+
+class QuantizedHeads(NamedTuple):
+    """`codes` [..., head_dim] integer-valued floats, `scales` and `minima` [...] F16 values in the same
+    dtype.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    minima: torch.Tensor
+
+
+def quantize_heads(x: torch.Tensor, scheme: KVScheme) -> QuantizedHeads:
+    """Quantize heads `x` [..., head_dim].
+
+    lo, hi = clip_ratio * min, clip_ratio * max; scale = F16((hi - lo) / (2^b - 1)), 1 where that is zero;
+    minimum = F16(lo); code = clamp(round((x - minimum) / scale), 0, 2^b - 1), half to even.
+    """
+    x = x.to(compute_dtype(x.dtype))
+    if scheme.rotation == "hadamard":
+        x = transform_blocks(x)
+    low, high = x.aminmax(dim=-1)
+    low, high = low * scheme.clip_ratio, high * scheme.clip_ratio
+    scales = _round_f16((high - low) / (2**scheme.n_bits - 1))
+    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    minima = _round_f16(low)
+    codes = ((x - minima.unsqueeze(-1)) / scales.unsqueeze(-1)).round_().clamp_(0, 2**scheme.n_bits - 1)
+    return QuantizedHeads(codes, scales, minima)
+
+
+def dequantize_heads(heads: QuantizedHeads, scheme: KVScheme) -> torch.Tensor:
+    """The values [..., head_dim] that the codes stand for, in the compute dtype."""
+    values = heads.codes * heads.scales.unsqueeze(-1) + heads.minima.unsqueeze(-1)
+    return transform_blocks(values) if scheme.rotation == "hadamard" else values
+
+
+def fake_quantize_heads(x: torch.Tensor, scheme: KVScheme) -> torch.Tensor:
+    """`x` [..., head_dim] as the cache would give it back, in `x`'s dtype."""
+    return dequantize_heads(quantize_heads(x, scheme), scheme).to(x.dtype)
+
+
+def _round_f16(x: torch.Tensor) -> torch.Tensor:
+    return x.clamp(-F16_LARGEST, F16_LARGEST).to(torch.float16).to(x.dtype)

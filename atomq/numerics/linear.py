@@ -1,0 +1,218 @@
+"""`QuantizedLinear`: the arithmetic of a deployed linear, in torch.
+
+One class serves from calibration to deployment: with a float weight while Hessians are collected, with codes
+after; so what was simulated is what is stored, and what is loaded computes the same. It is the oracle for
+the CUDA kernels: inputs are gathered, transformed and quantized, both operands are dequantized and
+multiplied in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from atomq.config import FLOAT_BITS, QuantScheme
+from atomq.numerics.activations import compute_dtype, fake_quantize_activations
+from atomq.numerics.groups import n_groups
+from atomq.numerics.hadamard import transform_groups
+from atomq.numerics.outliers import OUTLIER_DTYPES, Outliers
+from atomq.numerics.packing import pack_codes, packed_width, unpack_codes
+from atomq.numerics.scales import stored_dtype
+from atomq.numerics.weights import QuantizedWeight, weight_grid
+
+_SAME_SIZE_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+class TensorSpec(NamedTuple):
+    """What a stored tensor must look like: one of `dtypes`, and exactly `shape`."""
+
+    dtypes: tuple[torch.dtype, ...]
+    shape: tuple[int, ...]
+
+
+def linear_specs(n_out: int, n_in: int, scheme: QuantScheme) -> dict[str, TensorSpec]:
+    """The code tensors of a linear [n_out, n_in] by name, without `perm`, `bias` and float weights.
+
+    The first dtype is the usual one. docs/format.md describes each tensor.
+    """
+    weights, n_outliers = scheme.weights, scheme.outliers.n_outliers
+    if weights.n_bits == FLOAT_BITS:
+        return {}
+    n_normal = n_in - n_outliers
+    groups = n_groups(n_normal, weights.group_size)
+    half_or_single = (torch.float16, torch.float32)
+    rows = -(-n_out // weights.channel_group)
+    specs = {"qweight": TensorSpec((torch.uint8,), (n_out, packed_width(n_normal, weights.n_bits)))}
+    if weights.scale_mode == "progressive":
+        specs["scale_base"] = TensorSpec((torch.float32,), (n_out,))
+        specs["scale_factors"] = TensorSpec((torch.uint8,), (n_out, groups))
+    else:
+        specs["scales"] = TensorSpec(half_or_single, (rows, groups))
+    if not weights.symmetric:
+        specs["zeros"] = TensorSpec((torch.uint8,), (rows, groups))
+    if n_outliers:
+        dtype = OUTLIER_DTYPES[scheme.outliers.precision]
+        specs["outlier_weight"] = TensorSpec((dtype,), (n_out, n_outliers))
+        if scheme.outliers.precision == "int8":
+            specs["outlier_scales"] = TensorSpec(half_or_single, (n_out,))
+    return specs
+
+
+class InputOrder(NamedTuple):
+    """Where a linear finds the order of its input channels.
+
+    Attributes:
+        owner: the linear that holds `perm`, or None if the linear itself does.
+        gathered: whether the input is gathered by `perm` at run time; else its producer is already reordered.
+    """
+
+    owner: QuantizedLinear | None
+    gathered: bool
+
+
+class QuantizedLinear(nn.Module):
+    """A linear whose weight is stored in codes and whose input is quantized on the way in.
+
+    Buffers are those of `linear_specs`, `perm` int32 [in_features] on the first linear of a reordered group,
+    and `weight` [out, in] while the weight is in floating point. Codes, scales and `perm` keep dtype and
+    bits under `.half()`, `.to(dtype)` and the like; only device moves reach them.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: QuantScheme,
+        bias: nn.Parameter | None,
+        order: InputOrder | None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        self.observer: Callable[[torch.Tensor], None] | None = None
+        # A tuple hides the owner from nn.Module's registry: its `perm` must appear once in the state dict.
+        self._owner = () if order is None or order.owner is None else (order.owner,)
+        self._gathered = order is not None and order.gathered
+        self._dense: torch.Tensor | None = None
+        self.register_parameter("bias", bias)
+        self.code_names = tuple(linear_specs(out_features, in_features, scheme))
+
+    def input_order(self) -> torch.Tensor:
+        """int32 [in_features]: new position -> old channel, the `perm` of the group's first linear."""
+        perm = (self._owner[0] if self._owner else self)._buffers["perm"]
+        assert perm is not None
+        return perm
+
+    def allocate(self, stored: Mapping[str, TensorSpec]) -> None:
+        """Register empty buffers on the meta device, to be filled from a checkpoint that has such tensors."""
+        for name, spec in stored.items():
+            self.register_buffer(name, torch.empty(spec.shape, dtype=spec.dtypes[0], device="meta"))
+
+    def set_perm(self, perm: torch.Tensor) -> None:
+        """Make this linear the owner of the group's order."""
+        self.register_buffer("perm", perm.to(torch.int32))
+
+    def set_float_weight(self, weight: torch.Tensor) -> None:
+        """Compute with the float `weight` [out, in], in the order and basis of the stored input."""
+        self.register_buffer("weight", weight)
+        self._dense = None
+
+    def set_codes(self, weight: QuantizedWeight) -> None:
+        """Replace the float weight by codes, packed as they are stored."""
+        self._buffers.pop("weight", None)
+        self._dense = None
+        stored: dict[str, torch.Tensor] = {"qweight": pack_codes(weight.codes, self.scheme.weights.n_bits)}
+        if weight.base is not None and weight.factors is not None:
+            stored["scale_base"] = weight.base.to(torch.float32)
+            stored["scale_factors"] = weight.factors.to(torch.uint8)
+        else:
+            stored["scales"] = weight.scales.to(stored_dtype(weight.scales))
+        if weight.zeros is not None:
+            stored["zeros"] = weight.zeros.to(torch.uint8)
+        if weight.outliers is not None:
+            stored["outlier_weight"] = weight.outliers.values
+            if weight.outliers.scales is not None:
+                stored["outlier_scales"] = weight.outliers.scales.to(stored_dtype(weight.outliers.scales))
+        for name in self.code_names:
+            self.register_buffer(name, stored[name].contiguous())
+
+    def quantized_weight(self) -> QuantizedWeight:
+        """The stored codes, unpacked."""
+        buffers: dict[str, Any] = dict(self._buffers)
+        weights, n_normal = self.scheme.weights, self.in_features - self.scheme.outliers.n_outliers
+        codes = unpack_codes(buffers["qweight"], weights.n_bits, n_normal, weight_grid(weights).signed)
+        base, factors = buffers.get("scale_base"), buffers.get("scale_factors")
+        if base is not None and factors is not None:
+            scales = base.unsqueeze(-1) * factors.float()
+        else:
+            scales = buffers["scales"].float()
+        outliers = None
+        if "outlier_weight" in buffers:
+            outliers = Outliers(buffers["outlier_weight"], buffers.get("outlier_scales"))
+        return QuantizedWeight(codes, scales, buffers.get("zeros"), outliers, base, factors)
+
+    def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight [out, in] that the codes stand for, in the stored order and basis; kept for the next
+        call.
+        """
+        if self._dense is None or self._dense.dtype != dtype:
+            weight = self._buffers.get("weight")
+            if weight is not None:
+                return weight.to(dtype)
+            self._dense = self.quantized_weight().dequantize(self.scheme.weights, dtype)
+        return self._dense
+
+    def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
+        """What the multiplication sees of an input [..., in_features]: gathered, transformed,
+        fake-quantized.
+        """
+        if self._gathered:
+            x = x.index_select(-1, self.input_order())
+        x = x.to(compute_dtype(x.dtype))
+        scheme, n_outliers = self.scheme, self.scheme.outliers.n_outliers
+        if scheme.transform == "hadamard":
+            x = transform_input(x, scheme)
+        if scheme.activations.n_bits == FLOAT_BITS:
+            return x
+        return fake_quantize_activations(x, scheme.activations, n_outliers, scheme.outliers.precision)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        quantized = self.quantize_input(x)
+        if self.observer is not None:
+            self.observer(quantized)
+        bias = None if self.bias is None else self.bias.to(quantized.dtype)
+        return F.linear(quantized, self.dense_weight(quantized.dtype), bias).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        weights, activations = self.scheme.weights.n_bits, self.scheme.activations.n_bits
+        return (
+            f"{self.in_features}, {self.out_features}, W{weights}A{activations}, bias={self.bias is not None}"
+        )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedLinear:
+        """nn.Module's hook behind `.half()`, `.to()` and `.cuda()`: shown integers, a dtype cast leaves bits
+        alone.
+        """
+        self._dense = None
+        exact = {name: self._buffers[name] for name in self.code_names if self._buffers.get(name) is not None}
+        for name, tensor in exact.items():
+            if tensor is not None:
+                self._buffers[name] = tensor.view(_SAME_SIZE_INTEGER[tensor.element_size()])
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in exact.items():
+            moved = self._buffers[name]
+            if tensor is not None and moved is not None:
+                self._buffers[name] = moved.view(tensor.dtype)
+        return self
+
+
+def transform_input(x: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
+    """Turn the groups of the normal channels of `x` [..., K] (inputs or weight rows); outliers stay."""
+    n_normal = x.shape[-1] - scheme.outliers.n_outliers
+    group_size = scheme.activations.group_size
+    return torch.cat((transform_groups(x[..., :n_normal], group_size), x[..., n_normal:]), dim=-1)

@@ -1,0 +1,64 @@
+"""The presets: named recipes that `--preset` chooses from."""
+
+from __future__ import annotations
+
+from atomq.config import (
+    FLOAT_BITS,
+    ActivationScheme,
+    KVScheme,
+    OutlierScheme,
+    QuantScheme,
+    Recipe,
+    SolverConfig,
+    WeightScheme,
+)
+from atomq.errors import ConfigError
+
+DEFAULT_PRESET = "atom"
+
+PRESETS: dict[str, Recipe] = {
+    # The recipe of the Atom paper (arXiv 2310.19102, section 5.1), without the reference's defects.
+    "atom": Recipe(
+        QuantScheme(
+            WeightScheme(n_bits=4, group_size=128, channel_group=2),
+            ActivationScheme(n_bits=4, group_size=128, clip_ratio=0.9),
+            OutlierScheme(n_outliers=128, precision="int8", metric="hessian", reorder=True),
+            KVScheme(n_bits=4),
+        ),
+        SolverConfig(method="gptq", clip_ratio=0.85, scale_span="half", damp_frac=0.01),
+    ),
+    # The plain baseline: what W4A4 costs without any of the method. Needs no calibration.
+    "rtn": Recipe(
+        QuantScheme(WeightScheme(n_bits=4, group_size=128), ActivationScheme(n_bits=4, group_size=128)),
+        SolverConfig(method="rtn"),
+    ),
+    # Weights only, for servers that compute in 16 bits.
+    "w4a16": Recipe(
+        QuantScheme(WeightScheme(n_bits=4, group_size=128), ActivationScheme(n_bits=FLOAT_BITS)),
+        SolverConfig(method="gptq", scale_span="full"),
+    ),
+    # INT8 per row and per token. Needs no calibration.
+    "w8a8": Recipe(
+        QuantScheme(WeightScheme(n_bits=8, group_size=None), ActivationScheme(n_bits=8, group_size=None)),
+        SolverConfig(method="rtn"),
+    ),
+}
+
+PRESET_HELP = {
+    "atom": "the Atom paper's W4A4KV4: groups of 128, 128 INT8 outlier channels, GPTQ",
+    "rtn": "W4A4 rounded to nearest, no outliers: the baseline; no calibration",
+    "w4a16": "INT4 weights in groups of 128 by GPTQ, 16-bit activations",
+    "w8a8": "INT8 per row and per token, rounded to nearest; no calibration",
+}
+
+
+def find_preset(name: str) -> Recipe:
+    """Return the preset's recipe.
+
+    Raises:
+        ConfigError: there is no such preset; the message lists those that are.
+    """
+    try:
+        return PRESETS[name]
+    except KeyError:
+        raise ConfigError(f"unknown preset {name!r}; presets are {', '.join(PRESETS)}") from None
