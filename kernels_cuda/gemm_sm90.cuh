@@ -14,6 +14,9 @@ __device__ __forceinline__ void barrier_init_fence() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
+// Orders this thread's ordinary writes to shared memory before later accesses of the copy engine.
+__device__ __forceinline__ void shared_writes_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // Predicated inside, since a branch while wgmma is in flight would serialize it.
 __device__ __forceinline__ void barrier_arrive_if(bool condition, unsigned barrier) {
     asm volatile(

@@ -13,9 +13,6 @@
 //
 //   stage  | codes [TILE_TOKENS][128] | record of panel 0 | ... | record of the last panel | token scales |
 //
-// A CTA walks over its list of work: first its share of the stream tiles, all of whose slots are dealt out evenly
-// (stream-K; pieces meet in `partials`, and the piece that arrives last adds them up in order), then whole tiles.
-//
 // Parameters: PROGRESSIVE 0/1, GROUP_SIZE 64/128, SCALE_BYTES (exact 2 or 4, progressive 1), OUT_DTYPE, TILE_TOKENS
 // 8..128, CHUNK_TOKENS (tokens per wgmma), N_WARPGROUPS, ROW_BLOCKS, N_STAGES, CONSUMER_REGISTERS (0: as compiled),
 // SHARED_BYTES (the launch's dynamic shared memory). Launch: 128 * (N_WARPGROUPS + 1) threads.
@@ -25,85 +22,22 @@
 #error "sm90_w4a4_gemm.cu lacks one of its parameters"
 #endif
 
-#include "gemm_layout.cuh"
-#include "gemm_sm90.cuh"
-#include "gemm_store.cuh"
+#include "gemm_stream.cuh"
 
 namespace {
 
 using Weights = Record<GROUP_SIZE, SCALE_BYTES>;
-constexpr int PANELS = N_WARPGROUPS * ROW_BLOCKS;  // of a tile
-constexpr int CONSUMERS = 128 * N_WARPGROUPS;
-constexpr int SUMS = TILE_TOKENS / 2;  // a thread's elements of 64 rows x TILE_TOKENS
 constexpr int TILE_BYTES = TILE_TOKENS * SLOT_INPUTS;
 constexpr int SCALE_ROWS = PROGRESSIVE ? 1 : Weights::groups;  // of token scales in an INT4 slot
 constexpr int SCALES_AT = TILE_BYTES + PANELS * Weights::bytes;
 constexpr int STAGE_BYTES = (SCALES_AT + SCALE_ROWS * TILE_TOKENS * 4 + 1023) / 1024 * 1024;
-constexpr int STORE_TOKENS = TILE_TOKENS < 32 ? TILE_TOKENS : 32;
-constexpr int STORE_PITCH = PANEL_ROWS * 2 + 16;  // bytes; 16 more than the row keep stmatrix off bank conflicts
 constexpr int STORE_AT = N_STAGES * STAGE_BYTES;
-constexpr int BARRIERS_AT = STORE_AT + N_WARPGROUPS * STORE_TOKENS * STORE_PITCH;
-constexpr int BAND_TILES = 16;  // token tiles that walk over the rows together, so that both operands stay in L2
+constexpr int BARRIERS_AT = STORE_AT + STORE_BYTES;
+constexpr float UNIT = PROGRESSIVE ? 1.0f : EXACT_UNIT;
 
 static_assert(PROGRESSIVE ? SCALE_BYTES == 1 : SCALE_BYTES == 2 || SCALE_BYTES == 4, "bytes of a group scale");
 static_assert(TILE_TOKENS % CHUNK_TOKENS == 0 && TILE_TOKENS <= 128, "tile");
 static_assert(1024 + BARRIERS_AT + 16 * N_STAGES + 16 <= SHARED_BYTES, "SHARED_BYTES is too small");
-
-struct Problem {
-    int n_tokens, padded_tokens, n_channels, n_panels, n_slots, n_outlier_slots, n_token_tiles, n_tiles, n_stream_tiles;
-};
-
-struct Work {
-    int tile, begin, end;  // slots [begin, end)
-};
-
-// The CTA's list of work; producer and consumers each walk over their own copy.
-struct Schedule {
-    int n_slots, slots_per_cta, slot, slot_end, tile, n_tiles;
-
-    __device__ explicit Schedule(const Problem &p) : n_slots(p.n_slots + p.n_outlier_slots) {
-        const int n_stream_slots = p.n_stream_tiles * n_slots;
-        slots_per_cta = (n_stream_slots + gridDim.x - 1) / gridDim.x;
-        slot = min(static_cast<int>(blockIdx.x) * slots_per_cta, n_stream_slots);
-        slot_end = min(slot + slots_per_cta, n_stream_slots);
-        tile = p.n_stream_tiles + blockIdx.x;
-        n_tiles = p.n_tiles;
-    }
-
-    __device__ bool next(Work &work) {
-        if (slot < slot_end) {
-            work.tile = slot / n_slots;
-            work.begin = slot - work.tile * n_slots;
-            work.end = min(n_slots, work.begin + slot_end - slot);
-            slot += work.end - work.begin;
-            return true;
-        }
-        work = {tile, 0, n_slots};
-        tile += gridDim.x;
-        return work.tile < n_tiles;
-    }
-};
-
-struct Corner {
-    int panel, token;
-};
-
-__device__ Corner tile_corner(int tile, const Problem &p) {
-    const int n_row_tiles = (p.n_panels + PANELS - 1) / PANELS;
-    const int band = tile / (BAND_TILES * n_row_tiles);
-    const int width = min(BAND_TILES, p.n_token_tiles - band * BAND_TILES);
-    const int inside = tile - band * BAND_TILES * n_row_tiles;
-    return {inside / width * PANELS, (band * BAND_TILES + inside % width) * TILE_TOKENS};
-}
-
-// A position in the ring of stages.
-struct Ring {
-    int stage = 0;
-    unsigned parity = 0;
-    __device__ void advance() {
-        if (++stage == N_STAGES) stage = 0, parity ^= 1;
-    }
-};
 
 __device__ void produce(const Problem &p, const unsigned char *weights, const signed char *codes,
                         const float *token_scales, unsigned shared, unsigned full, unsigned empty) {
@@ -294,104 +228,6 @@ __device__ __forceinline__ void run_progressive(Consumer &self, int begin, int e
     self.release();
 }
 
-// Leaves this piece of a split tile in `partials`. True for the piece that arrives last: it holds the whole sum then.
-__device__ bool join_pieces(const Problem &p, const Work &work, int slots_per_cta, float *partials, int *counters,
-                            int *is_last, float (&total)[ROW_BLOCKS][SUMS]) {
-    const int n_slots = p.n_slots + p.n_outlier_slots;
-    const int tile_slot = work.tile * n_slots;
-    const int first = tile_slot / slots_per_cta, last = (tile_slot + n_slots - 1) / slots_per_cta;
-    constexpr int VECTORS = ROW_BLOCKS * SUMS / 4;
-    // A CTA has at most two pieces: the end of one tile, then the beginning of another.
-    auto piece = [&](int cta) {
-        const bool begins_tile = cta * slots_per_cta <= tile_slot;
-        return reinterpret_cast<float4 *>(partials) + static_cast<size_t>(2 * cta + begins_tile) * VECTORS * CONSUMERS + threadIdx.x;
-    };
-    float4 *mine = piece(blockIdx.x);
-#pragma unroll
-    for (int i = 0; i < VECTORS; ++i) {
-        const float *x = &total[i / (SUMS / 4)][i % (SUMS / 4) * 4];
-        __stcg(mine + i * CONSUMERS, make_float4(x[0], x[1], x[2], x[3]));
-    }
-    __threadfence();
-    join_threads(1, CONSUMERS);
-    if (threadIdx.x == 0) {
-        *is_last = atomicAdd(counters + work.tile, 1) == last - first;
-        if (*is_last) counters[work.tile] = 0;
-    }
-    join_threads(1, CONSUMERS);
-    if (!*is_last) return false;
-    __threadfence();
-#pragma unroll
-    for (int i = 0; i < ROW_BLOCKS * SUMS; ++i) total[i / SUMS][i % SUMS] = 0.0f;
-    for (int cta = first; cta <= last; ++cta) {
-        const float4 *theirs = piece(cta);
-#pragma unroll
-        for (int i = 0; i < VECTORS; ++i) {
-            const float4 x = __ldcg(theirs + i * CONSUMERS);
-            float *sum = &total[i / (SUMS / 4)][i % (SUMS / 4) * 4];
-            sum[0] += x.x, sum[1] += x.y, sum[2] += x.z, sum[3] += x.w;
-        }
-    }
-    return true;
-}
-
-// The tile's sums, times `unit`, plus bias, to out: transposed through shared memory to 16 bytes along the channels.
-template <typename Out>
-__device__ void store(const Problem &p, const Corner &corner, int warpgroup, unsigned char *buffer, const float *bias,
-                      typename Out::type *out, float (&total)[ROW_BLOCKS][SUMS]) {
-    constexpr float UNIT = PROGRESSIVE ? 1.0f : EXACT_UNIT;
-    const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
-#pragma unroll
-    for (int block = 0; block < ROW_BLOCKS; ++block) {
-        const int panel = corner.panel + warpgroup * ROW_BLOCKS + block;
-        if (panel >= p.n_panels) break;
-        const int row = panel * PANEL_ROWS + warp * 16 + lane / 4;
-        const float low_bias = bias[row], high_bias = bias[row + 8];
-#pragma unroll
-        for (int i = 0; i < SUMS; ++i) total[block][i] = fmaf(total[block][i], UNIT, i & 2 ? high_bias : low_bias);
-        if constexpr (sizeof(typename Out::type) == 4) {
-#pragma unroll
-            for (int i = 0; i < SUMS; ++i) {
-                const int m = corner.token + i / 4 * 8 + 2 * (lane & 3) + (i & 1), n = row + (i & 2 ? 8 : 0);
-                if (m < p.n_tokens && n < p.n_channels) out[static_cast<size_t>(m) * p.n_channels + n] = total[block][i];
-            }
-        } else {
-            const int valid = min(PANEL_ROWS, p.n_channels - panel * PANEL_ROWS);
-            const bool whole_vectors = p.n_channels % 8 == 0;
-#pragma unroll
-            for (int part = 0; part < TILE_TOKENS / STORE_TOKENS; ++part) {
-                const int token = corner.token + part * STORE_TOKENS;
-                if (token >= p.n_tokens) break;
-                join_threads(2 + warpgroup, 128);
-#pragma unroll
-                for (int j = 0; j < STORE_TOKENS / 8; j += 2) {
-                    const float *x = &total[block][(part * STORE_TOKENS / 8 + j) * 4];
-                    const unsigned address = shared_address(buffer) + (8 * j + lane / 16 * 8 + lane % 8) * STORE_PITCH +
-                                             (warp * 16 + lane / 8 % 2 * 8) * 2;
-                    if constexpr (STORE_TOKENS >= 16) {
-                        store_transposed(address, Out::pair(x[0], x[1]), Out::pair(x[2], x[3]), Out::pair(x[4], x[5]), Out::pair(x[6], x[7]));
-                    } else {  // lanes 16..31 give no address
-                        store_transposed(shared_address(buffer) + lane % 8 * STORE_PITCH + (warp * 16 + lane / 8 % 2 * 8) * 2,
-                                         Out::pair(x[0], x[1]), Out::pair(x[2], x[3]));
-                    }
-                }
-                join_threads(2 + warpgroup, 128);
-                for (int i = thread; i < STORE_TOKENS * 8; i += 128) {
-                    const int m = token + i / 8, n = i % 8 * 8;
-                    if (m >= p.n_tokens || n >= valid) continue;
-                    const unsigned char *from = buffer + i / 8 * STORE_PITCH + n * 2;
-                    auto *to = out + static_cast<size_t>(m) * p.n_channels + panel * PANEL_ROWS + n;
-                    if (whole_vectors) {
-                        *reinterpret_cast<uint4 *>(to) = *reinterpret_cast<const uint4 *>(from);
-                    } else {
-                        for (int k = 0; k < min(8, valid - n); ++k) to[k] = reinterpret_cast<const typename Out::type *>(from)[k];
-                    }
-                }
-            }
-        }
-    }
-}
-
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(128 * (N_WARPGROUPS + 1), 1)
@@ -446,13 +282,13 @@ sm90_w4a4_gemm(const unsigned char *__restrict__ weights, const float *__restric
             }
             if constexpr (!PROGRESSIVE) run_promoted<false, CHUNK_TOKENS>(self, work.begin, middle, total, fixed);
             if (middle < work.end) {
-                load_fixed(1, PROGRESSIVE ? 1.0f : 1.0f / EXACT_UNIT);
+                load_fixed(1, 1.0f / UNIT);
                 run_promoted<true, (CHUNK_TOKENS < 64 ? CHUNK_TOKENS : 64)>(self, middle, work.end, total, fixed);
             }
             if (work.end - work.begin == schedule.n_slots ||
                 join_pieces(p, work, schedule.slots_per_cta, partials, counters, is_last, total))
                 store<Output<OUT_DTYPE>>(p, corner, warpgroup, shared + STORE_AT + warpgroup * STORE_TOKENS * STORE_PITCH,
-                      channel_scales + 2 * n_rows, out, total);
+                      channel_scales + 2 * n_rows, out, UNIT, total);
         }
     }
 }

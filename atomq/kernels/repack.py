@@ -1,8 +1,9 @@
 """The GEMM kernels' operands: one linear's weights as records, a batch's activations as swizzled tiles.
 
-The layouts are drawn in `kernels_cuda/gemm_layout.cuh`; one layout serves every architecture. A checkpoint keeps
-its canonical tensors; `repack_weight` turns them into records when a model is loaded (by `repack_w4.cu` on a GPU,
-in torch elsewhere, with the same bytes). `pack_activations` is the twin of what the activation quantizer writes.
+The layouts are drawn in `kernels_cuda/gemm_layout.cuh`; one layout serves every architecture. A checkpoint
+keeps its canonical tensors; `repack_weight` turns them into records when a model is loaded (by `repack_w4.cu`
+on a GPU, in torch elsewhere, with the same bytes). `pack_activations` is the twin of what the activation
+quantizer writes.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class CanonicalWeight:
     """One linear's tensors as a checkpoint holds them, inputs permuted, outliers cut off from the end.
 
     qweight: uint8 [N, ceil(Kn / 2)], two's complement nibbles, the low one the even input.
-    scales: float16 or float32 [ceil(N / c), G], G = ceil(Kn / group_size), c = channel_group; or, for progressive
-        scales, uint8 factors 1..16 [N, G].
+    scales: float16 or float32 [ceil(N / c), G], G = ceil(Kn / group_size), c = channel_group; or, for
+        progressive scales, uint8 factors 1..16 [N, G].
     scale_base: float32 [N] with progressive scales (a group's scale is base * factor), else None.
     outlier_weight, outlier_scales: int8 [N, k] and float16 or float32 [N], or None where k is 0.
     bias: floating point [N] or None.
@@ -60,8 +61,8 @@ class CanonicalWeight:
 class PackedWeight:
     """One linear as the kernels read it.
 
-    records: uint8 [panels, slots, record bytes]; channel_scales: float32 [3, 64 * panels] = base scale, outlier
-    scale, bias. `n_slots` of the slots are INT4, the rest outliers.
+    records: uint8 [panels, slots, record bytes]; channel_scales: float32 [3, 64 * panels] = base scale,
+        outlier scale, bias. `n_slots` of the slots are INT4, the rest outliers.
     """
 
     records: torch.Tensor
@@ -86,18 +87,20 @@ class PackedWeight:
 class PackedActivations:
     """A batch of quantized activations as the kernels read it.
 
-    codes: int8 [n_slots + ceil(outliers / 128), Mp, 128], Mp = M rounded up to 8. Row m of a slot holds token m's
-        128 inputs with 16-byte chunk c at c ^ (m % 8); inputs past the last one are 0. Outliers follow in slots of
-        their own. With progressive scales a code is the INT4 code times its group's integer factor.
-    token_scales: float32 [rows, Mp]; one row per group of `group_size` inputs, 128 / group_size for each slot (a
-        group that is only padding has scale 0 or any finite value), or one row of base scales if progressive; then
-        one row of outlier scales, always there.
+    codes: int8 [n_slots + ceil(outliers / 128), Mp, 128], Mp = M rounded up to 8. Row m of a slot holds token
+        m's 128 inputs with 16-byte chunk c at c ^ (m % 8); inputs past the last one are 0. Outliers follow in
+        slots of their own. With progressive scales a code is the INT4 code times its group's integer factor.
+    token_scales: float32 [rows, Mp]; one row per group of `group_size` inputs, 128 / group_size for each slot
+        (a group that is only padding has scale 0 or any finite value), or one row of base scales if
+        progressive; then one row of outlier scales, always there.
+    n_bits: 4 promises INT4 codes -8..7 (before factors); 8 is INT8 codes, W4A8.
     Rows past M are read and their results thrown away.
     """
 
     codes: torch.Tensor
     token_scales: torch.Tensor
     n_tokens: int
+    n_bits: int = 4
 
 
 def record_bytes(group_size: int, scale_bytes: int) -> int:
@@ -159,6 +162,7 @@ def pack_activations(
     outlier_codes: torch.Tensor | None,
     outlier_scales: torch.Tensor | None,
     group_size: int | None,
+    n_bits: int = 4,
 ) -> PackedActivations:
     """Lay out quantized activations for the kernels.
 
@@ -167,6 +171,7 @@ def pack_activations(
         scales: float32 [M, G], one per group, or [M, 1] base scales where the weight is progressive.
         outlier_codes, outlier_scales: int8 [M, k] and float32 [M], or None.
         group_size: inputs per scale, 64 or 128; None for base scales.
+        n_bits: of the codes, 4 or 8.
     """
     n_tokens, n_inputs = codes.shape
     padded = _ceil(n_tokens, 8) * 8
@@ -183,11 +188,11 @@ def pack_activations(
     token_scales[: scales.shape[1], :n_tokens] = scales.T
     if outlier_scales is not None:
         token_scales[-1, :n_tokens] = outlier_scales
-    return PackedActivations(_swizzle(rows.transpose(0, 1)).contiguous(), token_scales, n_tokens)
+    return PackedActivations(_swizzle(rows.transpose(0, 1)).contiguous(), token_scales, n_tokens, n_bits)
 
 
 def unpack_activations(activations: PackedActivations) -> torch.Tensor:
-    """The codes in plain order: int8 [M, 128 * slots], INT4 inputs first, outliers from their own slots on."""
+    """The codes in plain order: int8 [M, 128 * slots], INT4 inputs first, outliers in slots of their own."""
     rows = _swizzle(activations.codes).transpose(0, 1)
     return rows.reshape(rows.shape[0], -1)[: activations.n_tokens]
 
@@ -201,7 +206,8 @@ def unpack_weight(weight: PackedWeight) -> tuple[torch.Tensor, torch.Tensor, tor
     n_panels, n_all = weight.records.shape[:2]
     groups = SLOT_INPUTS // weight.group_size
     words = weight.records[..., :CODE_BYTES].reshape(n_panels, n_all, 2, 4, 8, 4, 2, 2, 4)
-    # panel, slot, half, warp, lane / 4, lane % 4, (r >> 1), (r & 1), byte -> panel, warp, r & 1, lane / 4, slot, ...
+    # panel, slot, half, warp, lane / 4, lane % 4, (r >> 1), (r & 1), byte -> panel, warp, r & 1, lane / 4,
+    # slot, ...
     in_order = words.permute(
         0, 3, 7, 4, 1, 2, 6, 5, 8
     )  # [..., slot, half, 16 inputs by r >> 1, lane % 4, byte]
@@ -239,7 +245,8 @@ def _repack_in_torch(
         outliers = torch.zeros(n_rows, n_outlier_slots * OUTLIERS_PER_SLOT, dtype=torch.int8)
         outliers[:n_channels, : weight.n_outliers] = weight.outlier_weight
         code_bytes[:, n_slots:] = outliers.view(torch.uint8).reshape(n_rows, n_outlier_slots, 2, 32)
-    # panel, warp, row & 8, lane / 4, slot, half, r >> 1, lane % 4, byte -> the order of unpack_weight's `words`
+    # panel, warp, row & 8, lane / 4, slot, half, r >> 1, lane % 4, byte -> the order of unpack_weight's
+    # `words`
     fragments = code_bytes.reshape(n_panels, 4, 2, 8, -1, 2, 2, 4, 4).permute(0, 4, 5, 1, 3, 7, 6, 2, 8)
     records[..., :CODE_BYTES] = fragments.reshape(n_panels, -1, CODE_BYTES)
 

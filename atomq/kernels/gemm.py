@@ -1,0 +1,425 @@
+"""GEMM with INT4 weights on a GPU: checked fronts of `sm90_w4a4_gemm.cu`, `sm80_w4a4_gemm.cu`,
+`sm90_w4a16_gemm.cu`.
+
+`w4a4_gemm` multiplies INT4 or INT8 activations, with scales per group, a block of INT8 outliers and a bias;
+on Hopper by wgmma, on sm_80, 86 and 89 by mma.sync on INT4 where it can, elsewhere by mma.sync on INT8.
+`w4a16_gemm` multiplies float16 or bfloat16 activations. Operands: `atomq.kernels.repack`.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from atomq.errors import KernelError
+from atomq.kernels.loader import Argument, compile_kernel, launch
+from atomq.kernels.operands import check_operand
+from atomq.kernels.repack import (
+    OUTLIERS_PER_SLOT,
+    PANEL_ROWS,
+    SLOT_INPUTS,
+    PackedActivations,
+    PackedWeight,
+    record_bytes,
+)
+
+OUT_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_SM90_SHARED_BYTES = 227 * 1024
+_STORE_PITCH = PANEL_ROWS * 2 + 16
+_PROBLEM_FIELDS = (
+    "n_tokens",
+    "padded_tokens",
+    "n_channels",
+    "n_panels",
+    "n_slots",
+    "n_outlier_slots",
+    "n_token_tiles",
+    "n_tiles",
+    "n_stream_tiles",
+)
+_Problem = np.ndarray[tuple[int, ...], np.dtype[np.void]]
+_MAX_COUNTERS = 16384  # tiles that may be split; a launch with more tiles splits only the last waves of them
+
+
+class Engine(enum.Enum):
+    """Which kernel multiplies; `None` instead of one lets the device decide."""
+
+    WGMMA_INT8 = enum.auto()
+    MMA_INT8 = enum.auto()
+    MMA_INT4 = enum.auto()
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One instantiation of the Hopper kernel: 64 * n_warpgroups * row_blocks channels x tokens."""
+
+    tokens: int
+    chunk_tokens: int
+    n_warpgroups: int
+    row_blocks: int
+    consumer_registers: int
+
+    @property
+    def panels(self) -> int:
+        """Panels of 64 channels in a tile."""
+        return self.n_warpgroups * self.row_blocks
+
+
+def w4a4_gemm(
+    activations: PackedActivations,
+    weight: PackedWeight,
+    out_dtype: torch.dtype = torch.float16,
+    *,
+    out: torch.Tensor | None = None,
+    engine: Engine | None = None,
+    tile: Tile | None = None,
+) -> torch.Tensor:
+    """Multiply quantized activations with a quantized linear: [M, N] of `out_dtype`, contiguous.
+
+    y[m, n] = sum_g s_w[n, g] s_x[m, g] sum_k c_w c_x + the outliers' block + bias. Sums are INT32 inside a
+    group (progressive: over the whole row), float32 across groups; the result is bit-equal from run to run.
+    Runs on torch's current stream and can be captured in a CUDA graph once it has run outside of one.
+
+    Args:
+        activations: made for this weight: the same inputs, group size, mode and number of outliers.
+        weight: from `repack_weight`.
+        out_dtype: float16, bfloat16 or float32.
+        out: where to write, [M, N] of `out_dtype`, contiguous; allocated if None.
+        engine: for tests; None picks the fastest the device has.
+        tile: for tuning; None picks by the number of tokens. WGMMA_INT8 only.
+
+    Raises:
+        KernelError: operands that do not fit each other, no CUDA device, or a device older than sm_80.
+    """
+    shape = _check(activations, weight, out_dtype)
+    device = weight.records.device
+    if out is None:
+        out = torch.empty(shape, dtype=out_dtype, device=device)
+    else:
+        _check_out("w4a4_gemm", out, out_dtype, shape, device)
+    if out.numel() == 0:
+        return out
+    if engine is None:
+        engine = default_engine(torch.cuda.get_device_capability(device), activations, weight)
+    if engine is Engine.MMA_INT4 and (activations.n_bits != 4 or weight.is_progressive):
+        raise KernelError("w4a4_gemm: MMA_INT4 takes INT4 activations and exact scales; use MMA_INT8")
+    if engine is Engine.WGMMA_INT8:
+        _run_sm90(
+            activations,
+            weight,
+            out,
+            tile or choose_tile(activations.n_tokens, weight.group_size, weight.is_progressive),
+        )
+    else:
+        _run_sm80(activations, weight, out, engine)
+    return out
+
+
+def w4a16_gemm(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    out_dtype: torch.dtype | None = None,
+    *,
+    out: torch.Tensor | None = None,
+    tile: Tile | None = None,
+) -> torch.Tensor:
+    """Multiply float16 or bfloat16 activations with a quantized linear: [M, N] of `out_dtype` (None: as `x`).
+
+    Weights are exact in 16 bits, products and sums float32, scales are applied to a group's sum. Made for
+    decoding and small batches: every 64 tokens read the weights once more. Hopper only.
+
+    Args:
+        x: [M, K] in the weight's input order, contiguous, 16-byte aligned, K = the weight's INT4 inputs, a
+            multiple of 8.
+        weight: from `repack_weight`, exact scales and no outliers.
+        out_dtype, out: as in `w4a4_gemm`.
+        tile: for tuning; row_blocks must be 1.
+
+    Raises:
+        KernelError: operands that do not fit each other, or a device that is not sm_90.
+    """
+    kernel_name = "w4a16_gemm"
+    device = weight.records.device
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        raise KernelError(f"{kernel_name}: the weight is on {device}; it takes a Hopper GPU (sm_90)")
+    if weight.is_progressive or weight.n_outlier_slots:
+        raise KernelError(f"{kernel_name}: the weight has progressive scales or outliers; use w4a4_gemm")
+    out_dtype = out_dtype or x.dtype
+    shape = (x.shape[0], weight.n_channels)
+    n_inputs = x.shape[-1]
+    if n_inputs % 8 or -(-n_inputs // SLOT_INPUTS) != weight.n_slots or out_dtype not in OUT_DTYPES:
+        raise KernelError(
+            f"{kernel_name}: x of {tuple(x.shape)}, out_dtype {out_dtype}; it takes inputs in eights, those "
+            f"of the weight's {weight.n_slots} slots of {SLOT_INPUTS}, and {', '.join(map(str, OUT_DTYPES))}"
+        )
+    halves = (torch.float16, torch.bfloat16)
+    check_operand(kernel_name, "x", x, dtype=halves, shape=(shape[0], n_inputs), device=device, alignment=16)
+    if out is None:
+        out = torch.empty(shape, dtype=out_dtype, device=device)
+    else:
+        _check_out(kernel_name, out, out_dtype, shape, device)
+    if out.numel() == 0:
+        return out
+    tile = tile or choose_w4a16_tile(shape[0])
+    defines = sm90_w4a16_defines(tile, weight.group_size, weight.scale_bytes, x.dtype, out_dtype)
+    kernel = compile_kernel("sm90_w4a16_gemm", **defines)
+    n_ctas, partials, counters, problem = _schedule(shape[0], weight, out, tile)
+    arguments: tuple[Argument, ...] = (
+        weight.records,
+        weight.channel_scales,
+        x,
+        out,
+        partials,
+        counters,
+        n_inputs,
+        problem,
+    )
+    block = (128 * tile.n_warpgroups + 32,)
+    launch(kernel, (n_ctas,), block, arguments, device=device, shared_bytes=defines["SHARED_BYTES"])
+    return out
+
+
+def default_engine(
+    capability: tuple[int, int], activations: PackedActivations, weight: PackedWeight
+) -> Engine:
+    """The fastest engine of a compute capability for these operands; INT4 mma is emulated from sm_90 on."""
+    if capability < (8, 0):
+        raise KernelError("w4a4_gemm: the device is sm_{}{}; it takes sm_80 or newer".format(*capability))
+    if capability == (9, 0):
+        return Engine.WGMMA_INT8
+    is_native = capability < (9, 0) and activations.n_bits == 4 and not weight.is_progressive
+    return Engine.MMA_INT4 if is_native else Engine.MMA_INT8
+
+
+def choose_tile(n_tokens: int, group_size: int, is_progressive: bool) -> Tile:
+    """The tile for a number of tokens; docs/kernels.md has the measurements behind it."""
+    if n_tokens <= 64:
+        tokens = max(8, 1 << (n_tokens - 1).bit_length())
+        return Tile(tokens, tokens, n_warpgroups=2, row_blocks=1, consumer_registers=0)
+    if is_progressive:
+        return Tile(128, 128, n_warpgroups=2, row_blocks=2, consumer_registers=232)
+    if group_size == 64:
+        return Tile(128, 64, n_warpgroups=2, row_blocks=1, consumer_registers=232)
+    return Tile(128, 64, n_warpgroups=2, row_blocks=2, consumer_registers=232)
+
+
+def sm90_defines(tile: Tile, group_size: int, scale_bytes: int, out_dtype: torch.dtype) -> dict[str, int]:
+    """The parameters of `sm90_w4a4_gemm.cu` for a tile, with as many stages as fit into shared memory."""
+    scale_rows = 1 if scale_bytes == 1 else SLOT_INPUTS // group_size
+    stage = tile.tokens * (SLOT_INPUTS + 4 * scale_rows) + tile.panels * record_bytes(group_size, scale_bytes)
+    stage = -(-stage // 1024) * 1024
+    fixed = 1024 + tile.n_warpgroups * min(32, tile.tokens) * _STORE_PITCH + 16
+    return {
+        "PROGRESSIVE": int(scale_bytes == 1),
+        "GROUP_SIZE": group_size,
+        "SCALE_BYTES": scale_bytes,
+        "OUT_DTYPE": OUT_DTYPES[out_dtype],
+        "TILE_TOKENS": tile.tokens,
+        "CHUNK_TOKENS": tile.chunk_tokens,
+        "N_WARPGROUPS": tile.n_warpgroups,
+        "ROW_BLOCKS": tile.row_blocks,
+        "CONSUMER_REGISTERS": tile.consumer_registers,
+        "N_STAGES": min(24, (_SM90_SHARED_BYTES - fixed) // (stage + 16)),
+        "SHARED_BYTES": _SM90_SHARED_BYTES,
+    }
+
+
+def choose_w4a16_tile(n_tokens: int) -> Tile:
+    """The W4A16 tile for a number of tokens."""
+    tokens = min(64, max(8, 1 << (n_tokens - 1).bit_length()))
+    return Tile(tokens, tokens, n_warpgroups=2, row_blocks=1, consumer_registers=0)
+
+
+def sm90_w4a16_defines(
+    tile: Tile, group_size: int, scale_bytes: int, in_dtype: torch.dtype, out_dtype: torch.dtype
+) -> dict[str, int]:
+    """The parameters of `sm90_w4a16_gemm.cu` for a tile, with as many stages as fit into shared memory."""
+    stage = tile.tokens * (2 * SLOT_INPUTS + 32) + tile.panels * record_bytes(group_size, scale_bytes)
+    fixed = 1024 + tile.n_warpgroups * min(32, tile.tokens) * _STORE_PITCH + 16
+    return {
+        "GROUP_SIZE": group_size,
+        "SCALE_BYTES": scale_bytes,
+        "IN_BF16": int(in_dtype == torch.bfloat16),
+        "OUT_DTYPE": OUT_DTYPES[out_dtype],
+        "TILE_TOKENS": tile.tokens,
+        "N_WARPGROUPS": tile.n_warpgroups,
+        "ROW_BLOCKS": tile.row_blocks,
+        "N_STAGES": min(24, (_SM90_SHARED_BYTES - fixed) // (stage + 16)),
+        "SHARED_BYTES": _SM90_SHARED_BYTES,
+    }
+
+
+def sm80_defines(
+    tile_tokens: int, engine: Engine, group_size: int, scale_bytes: int, out_dtype: torch.dtype
+) -> dict[str, int]:
+    """The parameters of `sm80_w4a4_gemm.cu`."""
+    scale_rows = 1 if scale_bytes == 1 else SLOT_INPUTS // group_size
+    stage = tile_tokens * (SLOT_INPUTS + 4 * scale_rows) + 2 * record_bytes(group_size, scale_bytes)
+    return {
+        "PROGRESSIVE": int(scale_bytes == 1),
+        "GROUP_SIZE": group_size,
+        "SCALE_BYTES": scale_bytes,
+        "OUT_DTYPE": OUT_DTYPES[out_dtype],
+        "TILE_TOKENS": tile_tokens,
+        "MMA_INT4": int(engine is Engine.MMA_INT4),
+        "SHARED_BYTES": 3 * stage,
+    }
+
+
+def _run_sm90(activations: PackedActivations, weight: PackedWeight, out: torch.Tensor, tile: Tile) -> None:
+    defines = sm90_defines(tile, weight.group_size, weight.scale_bytes, out.dtype)
+    kernel = compile_kernel("sm90_w4a4_gemm", **defines)
+    n_ctas, partials, counters, problem = _schedule(activations.codes.shape[1], weight, out, tile)
+    arguments: tuple[Argument, ...] = (
+        weight.records,
+        weight.channel_scales,
+        activations.codes,
+        activations.token_scales,
+        out,
+        partials,
+        counters,
+        problem,
+    )
+    block = (128 * (tile.n_warpgroups + 1),)
+    launch(kernel, (n_ctas,), block, arguments, device=out.device, shared_bytes=defines["SHARED_BYTES"])
+
+
+def _schedule(
+    padded_tokens: int, weight: PackedWeight, out: torch.Tensor, tile: Tile
+) -> tuple[int, torch.Tensor | None, torch.Tensor | None, _Problem]:
+    """A persistent kernel's grid, its workspace for split tiles, and its `struct Problem`."""
+    device = out.device
+    n_token_tiles = -(-out.shape[0] // tile.tokens)
+    n_tiles = n_token_tiles * -(-weight.records.shape[0] // tile.panels)
+    n_ctas = _n_multiprocessors(device.index or 0)
+    n_stream_tiles = _n_stream_tiles(n_tiles, n_ctas, tile)
+    partials = counters = None
+    if n_stream_tiles:
+        size = 2 * n_ctas * tile.panels * PANEL_ROWS * tile.tokens
+        partials = torch.empty(size, dtype=torch.float32, device=device)
+        counters = _counters(device)
+    problem = _problem(padded_tokens, weight, out, n_token_tiles, n_tiles, n_stream_tiles)
+    return n_ctas, partials, counters, problem
+
+
+def _n_stream_tiles(n_tiles: int, n_ctas: int, tile: Tile) -> int:
+    """How many tiles are split evenly over the CTAs; the rest go out whole, one CTA each.
+
+    Splitting costs a round trip of float32 partial sums, so whole waves stay whole and a last wave that is
+    nearly full does too.
+    """
+    if tile.tokens <= 64 and n_tiles <= _MAX_COUNTERS:
+        return n_tiles
+    rest = n_tiles % n_ctas
+    if rest == 0 or (n_tiles > n_ctas and rest > 0.8 * n_ctas):
+        return 0
+    return rest if n_tiles < n_ctas else rest + n_ctas
+
+
+def _run_sm80(
+    activations: PackedActivations, weight: PackedWeight, out: torch.Tensor, engine: Engine
+) -> None:
+    device = out.device
+    tile_tokens = 16 if activations.n_tokens <= 16 else 64
+    defines = sm80_defines(tile_tokens, engine, weight.group_size, weight.scale_bytes, out.dtype)
+    if engine is Engine.MMA_INT4 and torch.cuda.get_device_capability(device) >= (9, 0):
+        defines["ALLOW_EMULATED_INT4"] = 1
+    kernel = compile_kernel("sm80_w4a4_gemm", **defines)
+    n_token_tiles = -(-activations.n_tokens // tile_tokens)
+    problem = _problem(activations.codes.shape[1], weight, out)
+    launch(
+        kernel,
+        (n_token_tiles, -(-weight.records.shape[0] // 2)),
+        (256,),
+        (
+            weight.records,
+            weight.channel_scales,
+            activations.codes,
+            activations.token_scales,
+            out,
+            problem,
+        ),
+        device=device,
+        shared_bytes=defines["SHARED_BYTES"],
+    )
+
+
+def _problem(padded_tokens: int, weight: PackedWeight, out: torch.Tensor, *schedule: int) -> _Problem:
+    """The kernels' `struct Problem`, by value."""
+    sizes = (
+        out.shape[0],
+        padded_tokens,
+        weight.n_channels,
+        weight.records.shape[0],
+        weight.n_slots,
+        weight.n_outlier_slots,
+        *schedule,
+    )
+    return np.array(sizes, dtype=_problem_dtype(len(sizes)))
+
+
+@functools.cache
+def _problem_dtype(n_fields: int) -> np.dtype[np.void]:
+    return np.dtype([(name, np.int32) for name in _PROBLEM_FIELDS[:n_fields]])
+
+
+_COUNTERS: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+
+def _counters(device: torch.device) -> torch.Tensor:
+    """Arrival counters of split tiles, zero between launches; one set per stream, since launches may overlap.
+
+    On a stream first seen during a graph's capture they belong to the graph, which zeroes them at each
+    replay.
+    """
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    counters = _COUNTERS.get(key)
+    if counters is None:
+        counters = torch.zeros(_MAX_COUNTERS, dtype=torch.int32, device=device)
+        if not torch.cuda.is_current_stream_capturing():
+            _COUNTERS[key] = counters
+    return counters
+
+
+@functools.cache
+def _n_multiprocessors(device_index: int) -> int:
+    return int(torch.cuda.get_device_properties(device_index).multi_processor_count)
+
+
+def _check_out(
+    kernel: str, out: torch.Tensor, out_dtype: torch.dtype, shape: tuple[int, int], device: torch.device
+) -> None:
+    in_vectors = shape[1] % 8 == 0  # else the kernels store element by element
+    alignment = 16 if in_vectors else 1
+    check_operand(kernel, "out", out, dtype=out_dtype, shape=shape, device=device, alignment=alignment)
+
+
+def _check(activations: PackedActivations, weight: PackedWeight, out_dtype: torch.dtype) -> tuple[int, int]:
+    device = weight.records.device
+    if device.type != "cuda":
+        raise KernelError(
+            f"w4a4_gemm: the weight is on {device}; move it to a CUDA device or use gemm_reference"
+        )
+    if out_dtype not in OUT_DTYPES:
+        raise KernelError(
+            f"w4a4_gemm: out_dtype {out_dtype}; it must be one of {', '.join(map(str, OUT_DTYPES))}"
+        )
+    n_panels, n_all, n_bytes = weight.records.shape
+    if weight.records.dtype != torch.uint8 or n_bytes != record_bytes(weight.group_size, weight.scale_bytes):
+        raise KernelError("w4a4_gemm: the weight's records are not those that repack_weight makes")
+    padded = -(-activations.n_tokens // 8) * 8
+    code_slots = weight.n_slots + -(-weight.n_outlier_slots * OUTLIERS_PER_SLOT // SLOT_INPUTS)
+    n_rows = 1 if weight.is_progressive else weight.n_slots * (SLOT_INPUTS // weight.group_size)
+    shapes = {
+        "weight.records": (weight.records, torch.uint8, (n_panels, n_all, n_bytes)),
+        "weight.channel_scales": (weight.channel_scales, torch.float32, (3, n_panels * PANEL_ROWS)),
+        "activations.codes": (activations.codes, torch.int8, (code_slots, padded, SLOT_INPUTS)),
+        "activations.token_scales": (activations.token_scales, torch.float32, (n_rows + 1, padded)),
+    }
+    for name, (tensor, dtype, shape) in shapes.items():
+        check_operand("w4a4_gemm", name, tensor, dtype=dtype, shape=shape, device=device, alignment=16)
+    return activations.n_tokens, weight.n_channels
