@@ -20,8 +20,9 @@
 // codes    int8 [slots of 128][Mp][128], Mp = M rounded up to 8: row m of a slot is token m's 128 inputs, 16-byte
 //          chunk c stored at c ^ (m & 7). The outliers follow in ceil(outliers / 128) slots of their own. So a
 //          tile of tokens is contiguous and already in the 128-byte swizzle of wgmma.
-// token_scales float32 [rows][Mp]: one row per INT4 group (progressive: one in all), then one for the outliers
-// channel_scales float32 [3][64 * panels]: base scale (progressive only), outlier scale, bias
+// token_scales float32 [rows][Mp]: one row per INT4 group (progressive activations: one of base scales, and codes are
+//          multiplied by their group's factor), then one for the outliers
+// channel_scales float32 [3][64 * panels]: base scale (progressive weights only), outlier scale, bias
 #pragma once
 
 constexpr int PANEL_ROWS = 64;

@@ -78,9 +78,10 @@ __device__ __forceinline__ void lower_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
-// Descriptor of a K-major tile in the 128-byte swizzle: 8-row atoms of 1024 bytes one after the other.
-__device__ __forceinline__ unsigned long long swizzled_tile(unsigned address) {
-    return static_cast<unsigned long long>((address & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
+// Low half of the descriptor of a K-major tile in the 128-byte swizzle: 8-row atoms of 1024 bytes one after the other.
+// The high half is the same for all tiles. Taking the address from lane 0 shows the compiler that it is uniform.
+__device__ __forceinline__ unsigned swizzled_tile(unsigned address) {
+    return __shfl_sync(0xFFFFFFFFu, (address & 0x3FFFF) >> 4 | 1u << 16, 0);
 }
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -99,6 +100,9 @@ __device__ __forceinline__ void pin(int (&registers)[COUNT]) {
     for (int i = 0; i < COUNT; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
 
+// Keeps the compiler from moving loads across this point.
+__device__ __forceinline__ void keep_order() { asm volatile("" ::: "memory"); }
+
 // D[64 x TOKENS] = A[64 x 32] * B[32 x TOKENS] (+ D): A in registers, B in shared memory.
 template <int TOKENS>
 struct Wgmma;
@@ -109,12 +113,13 @@ struct Wgmma;
     template <>                                                                                                       \
     struct Wgmma<TOKENS> {                                                                                            \
         static __device__ __forceinline__ void run(int (&d)[TOKENS / 2], const unsigned *a,                           \
-                                                   unsigned long long tile, int accumulate) {                         \
-            asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " PRED ", 0;\n"                                        \
+                                                   unsigned tile, int accumulate)    {                         \
+            asm volatile("{\n.reg .pred add;\n.reg .b64 descriptor;\nsetp.ne.b32 add, " PRED ", 0;\n"                \
+                         "mov.b64 descriptor, {" DESC ", 0x40000040};\n"                                             \
                          "wgmma.mma_async.sync.aligned.m64n" #TOKENS "k32.s32.s8.s8 {" LIST "}, {" A0 ", " A1         \
-                         ", " A2 ", " A3 "}, " DESC ", add;\n}\n"                                                     \
+                         ", " A2 ", " A3 "}, descriptor, add;\n}\n"                                                   \
                            : __VA_ARGS__                                                                                   \
-                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tile), "r"(accumulate));                   \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(tile), "r"(accumulate));                   \
         }                                                                                                             \
     }
 

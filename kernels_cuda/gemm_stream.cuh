@@ -21,37 +21,38 @@ constexpr int STORE_BYTES = N_WARPGROUPS * STORE_TOKENS * STORE_PITCH;
 constexpr int BAND_TILES = 16;  // token tiles that walk over the rows together, so that both operands stay in L2
 
 struct Problem {
-    int n_tokens, padded_tokens, n_channels, n_panels, n_slots, n_outlier_slots, n_token_tiles, n_tiles, n_stream_tiles;
+    int n_tokens, padded_tokens, n_channels, n_panels, n_slots, n_outlier_slots, n_token_tiles, n_tiles;
+    int n_stream_tiles, slots_per_stream_tile, slots_per_cta;
 };
 
 struct Work {
     int tile, begin, end;  // slots [begin, end)
 };
 
-// The CTA's list of work; producer and consumers each walk over their own copy.
+// The CTA's list of work; producer and consumers each walk over their own copy. The slots of the stream tiles lie on
+// one line, slots_per_stream_tile for each (some of them empty if that makes pieces end where tiles do), and each CTA
+// takes slots_per_cta of them.
 struct Schedule {
-    int n_slots, slots_per_cta, slot, slot_end, tile, n_tiles;
+    int slot, slot_end, tile;
 
-    __device__ explicit Schedule(const Problem &p) : n_slots(p.n_slots + p.n_outlier_slots) {
-        const int n_stream_slots = p.n_stream_tiles * n_slots;
-        slots_per_cta = (n_stream_slots + gridDim.x - 1) / gridDim.x;
-        slot = min(static_cast<int>(blockIdx.x) * slots_per_cta, n_stream_slots);
-        slot_end = min(slot + slots_per_cta, n_stream_slots);
+    __device__ explicit Schedule(const Problem &p) {
+        const int n_stream_slots = p.n_stream_tiles * p.slots_per_stream_tile;
+        slot = min(static_cast<int>(blockIdx.x) * p.slots_per_cta, n_stream_slots);
+        slot_end = min(slot + p.slots_per_cta, n_stream_slots);
         tile = p.n_stream_tiles + blockIdx.x;
-        n_tiles = p.n_tiles;
     }
 
-    __device__ bool next(Work &work) {
-        if (slot < slot_end) {
-            work.tile = slot / n_slots;
-            work.begin = slot - work.tile * n_slots;
-            work.end = min(n_slots, work.begin + slot_end - slot);
-            slot += work.end - work.begin;
-            return true;
+    __device__ bool next(const Problem &p, Work &work) {
+        while (slot < slot_end) {
+            const int stream_tile = slot / p.slots_per_stream_tile, begin = slot - stream_tile * p.slots_per_stream_tile;
+            const int taken = min(slot_end - slot, p.slots_per_stream_tile - begin);
+            slot += taken;
+            work = {stream_tile, begin, min(begin + taken, p.n_slots + p.n_outlier_slots)};
+            if (work.begin < work.end) return true;
         }
-        work = {tile, 0, n_slots};
+        work = {tile, 0, p.n_slots + p.n_outlier_slots};
         tile += gridDim.x;
-        return work.tile < n_tiles;
+        return work.tile < p.n_tiles;
     }
 };
 
@@ -77,15 +78,15 @@ struct Ring {
 };
 
 // Leaves this piece of a split tile in `partials`. True for the piece that arrives last: it holds the whole sum then.
-__device__ bool join_pieces(const Problem &p, const Work &work, int slots_per_cta, float *partials, int *counters,
-                            int *is_last, float (&total)[ROW_BLOCKS][SUMS]) {
+__device__ bool join_pieces(const Problem &p, const Work &work, float *partials, int *counters, int *is_last,
+                            float (&total)[ROW_BLOCKS][SUMS]) {
     const int n_slots = p.n_slots + p.n_outlier_slots;
-    const int tile_slot = work.tile * n_slots;
-    const int first = tile_slot / slots_per_cta, last = (tile_slot + n_slots - 1) / slots_per_cta;
+    const int tile_slot = work.tile * p.slots_per_stream_tile;
+    const int first = tile_slot / p.slots_per_cta, last = (tile_slot + n_slots - 1) / p.slots_per_cta;
     constexpr int VECTORS = ROW_BLOCKS * SUMS / 4;
     // A CTA has at most two pieces: the end of one tile, then the beginning of another.
     auto piece = [&](int cta) {
-        const bool begins_tile = cta * slots_per_cta <= tile_slot;
+        const bool begins_tile = cta * p.slots_per_cta <= tile_slot;
         return reinterpret_cast<float4 *>(partials) + static_cast<size_t>(2 * cta + begins_tile) * VECTORS * CONSUMERS + threadIdx.x;
     };
     float4 *mine = piece(blockIdx.x);

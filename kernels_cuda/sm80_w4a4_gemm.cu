@@ -11,10 +11,11 @@
 // two k32 steps that share a weight word are one m16n8k64 step: the word is the A register as it stands, and two
 // registers of activations are packed into one the same way (K is only permuted, equally in A and B).
 //
-// Parameters: PROGRESSIVE 0/1, GROUP_SIZE 64/128, SCALE_BYTES (exact 2 or 4, progressive 1), OUT_DTYPE, TILE_TOKENS
+// Parameters: PROGRESSIVE 0/1 (weights), TOKEN_BASE 0/1 (progressive activations), GROUP_SIZE 64/128, SCALE_BYTES
+// (exact weights 2 or 4, progressive 1), OUT_DTYPE, TILE_TOKENS
 // 8..64, MMA_INT4 0/1 (exact scales and INT4 activations only; ALLOW_EMULATED_INT4 lets tests build it for sm_90).
 // Launch: grid (token tiles, ceil(panels / 2)), 256 threads, dynamic shared memory N_STAGES * STAGE_BYTES.
-#if !defined(PROGRESSIVE) || !defined(GROUP_SIZE) || !defined(SCALE_BYTES) || !defined(OUT_DTYPE) || \
+#if !defined(PROGRESSIVE) || !defined(TOKEN_BASE) || !defined(GROUP_SIZE) || !defined(SCALE_BYTES) || !defined(OUT_DTYPE) || \
     !defined(TILE_TOKENS) || !defined(MMA_INT4) || !defined(SHARED_BYTES)
 #error "sm80_w4a4_gemm.cu lacks one of its parameters"
 #endif
@@ -34,13 +35,13 @@ constexpr int THREADS = 256;
 constexpr int N_STAGES = 3;
 constexpr int N_TILES = TILE_TOKENS / 8;  // of mma's n, each thread has 4 elements of each
 constexpr int TILE_BYTES = TILE_TOKENS * SLOT_INPUTS;
-constexpr int SCALE_ROWS = PROGRESSIVE ? 1 : Weights::groups;
+constexpr int SCALE_ROWS = TOKEN_BASE ? 1 : Weights::groups;
 constexpr int SCALES_AT = TILE_BYTES + PANELS * Weights::bytes;
 constexpr int STAGE_BYTES = SCALES_AT + SCALE_ROWS * TILE_TOKENS * 4;
 constexpr float UNIT = PROGRESSIVE || MMA_INT4 ? 1.0f : EXACT_UNIT;
 
 static_assert(PROGRESSIVE ? SCALE_BYTES == 1 : SCALE_BYTES == 2 || SCALE_BYTES == 4, "bytes of a group scale");
-static_assert(!(PROGRESSIVE && MMA_INT4), "code * factor is no INT4");
+static_assert(!((PROGRESSIVE || TOKEN_BASE) && MMA_INT4), "code * factor is no INT4");
 static_assert(N_STAGES * STAGE_BYTES <= SHARED_BYTES, "SHARED_BYTES is too small");
 
 struct Problem {
@@ -62,7 +63,7 @@ __device__ void load_stage(const Problem &p, const unsigned char *weights, const
         copy_async(stage + TILE_BYTES + i, weights + record * Weights::bytes + i % Weights::bytes);
     }
     const int n_rows = outliers ? 1 : SCALE_ROWS;
-    const int first_row = outliers ? (PROGRESSIVE ? 1 : p.n_slots * SCALE_ROWS) : PROGRESSIVE ? 0 : slot * SCALE_ROWS;
+    const int first_row = outliers ? (TOKEN_BASE ? 1 : p.n_slots * SCALE_ROWS) : TOKEN_BASE ? 0 : slot * SCALE_ROWS;
     for (int i = threadIdx.x * 4; i < n_rows * TILE_TOKENS; i += THREADS * 4) {
         const int row = i / TILE_TOKENS, token = i % TILE_TOKENS;
         if (token < n_tokens)
@@ -111,7 +112,8 @@ __device__ __forceinline__ float2 load_scales(const unsigned char *record, int g
     return reinterpret_cast<const float2 *>(scales)[pair];
 }
 
-// total += sums * channel scale * token scale; the sums begin again at zero.
+// total += sums * channel scale * token scale; the sums begin again at zero. A scale that is not asked for is 1.
+template <bool BY_CHANNEL, bool BY_TOKEN>
 __device__ __forceinline__ void promote(float (&total)[N_TILES][4], int (&sums)[N_TILES][4], float2 channel_scales,
                                         const float *token_scales) {
 #pragma unroll
@@ -119,9 +121,23 @@ __device__ __forceinline__ void promote(float (&total)[N_TILES][4], int (&sums)[
         const float2 scales = *reinterpret_cast<const float2 *>(token_scales + 8 * j + threadIdx.x % 4 * 2);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const float scaled = static_cast<float>(sums[j][i]) * (i & 2 ? channel_scales.y : channel_scales.x);
-            total[j][i] = fmaf(scaled, i & 1 ? scales.y : scales.x, total[j][i]);
+            const float sum = static_cast<float>(sums[j][i]);
+            const float scaled = BY_CHANNEL ? sum * (i & 2 ? channel_scales.y : channel_scales.x) : sum;
+            total[j][i] = BY_TOKEN ? fmaf(scaled, i & 1 ? scales.y : scales.x, total[j][i]) : total[j][i] + scaled;
             sums[j][i] = 0;
+        }
+    }
+}
+
+// total *= channel scale * token scale, once for a row's INT4 slots.
+__device__ __forceinline__ void scale_total(float (&total)[N_TILES][4], float2 channel_scales, const float *token_scales) {
+#pragma unroll
+    for (int j = 0; j < N_TILES; ++j) {
+        const float2 scales = *reinterpret_cast<const float2 *>(token_scales + 8 * j + threadIdx.x % 4 * 2);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if (PROGRESSIVE) total[j][i] *= i & 2 ? channel_scales.y : channel_scales.x;
+            if (TOKEN_BASE) total[j][i] *= i & 1 ? scales.y : scales.x;
         }
     }
 }
@@ -163,18 +179,23 @@ sm80_w4a4_gemm(const unsigned char *__restrict__ weights, const float *__restric
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 multiply_half<false>(stage, record, half, 0, sums);
-                if constexpr (!PROGRESSIVE) {
+                if constexpr (!PROGRESSIVE || !TOKEN_BASE) {
                     if (Weights::groups == 2 || half == 1) {
                         const int group = half * Weights::groups / 2;
-                        promote(total, sums, load_scales(record, group), tokens + group * TILE_TOKENS);
+                        const float2 scales = PROGRESSIVE ? float2{1.0f, 1.0f} : load_scales(record, group);
+                        promote<!PROGRESSIVE, !TOKEN_BASE>(total, sums, scales, tokens + group * TILE_TOKENS);
                     }
                 }
             }
-            if (PROGRESSIVE && slot == p.n_slots - 1) promote(total, sums, channel_pair(0, 1.0f), tokens);
+            if ((PROGRESSIVE || TOKEN_BASE) && slot == p.n_slots - 1) {
+                const float2 base = channel_pair(0, 1.0f);
+                if (PROGRESSIVE && TOKEN_BASE) promote<true, true>(total, sums, base, tokens);
+                else scale_total(total, base, tokens);
+            }
         } else {
 #pragma unroll
             for (int half = 0; half < 2; ++half) multiply_half<true>(stage, record, half, (slot - p.n_slots & 1) * 4, sums);
-            promote(total, sums, channel_pair(1, 1.0f / UNIT), tokens);
+            promote<true, true>(total, sums, channel_pair(1, 1.0f / UNIT), tokens);
         }
     }
 

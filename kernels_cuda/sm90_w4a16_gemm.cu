@@ -42,7 +42,7 @@ __device__ void produce(const Problem &p, int n_inputs, const unsigned char *wei
     Schedule schedule(p);
     Work work;
     Ring ring;
-    while (schedule.next(work)) {
+    while (schedule.next(p, work)) {
         const Corner corner = tile_corner(work.tile, p);
         const int n_tokens = min(TILE_TOKENS, p.n_tokens - corner.token);
         for (int slot = work.begin; slot < work.end; ++slot, ring.advance()) {
@@ -157,7 +157,7 @@ sm90_w4a16_gemm(const unsigned char *__restrict__ weights, const float *__restri
         Schedule schedule(p);
         Work work;
         Ring ring;
-        while (schedule.next(work)) {
+        while (schedule.next(p, work)) {
             const Corner corner = tile_corner(work.tile, p);
             float total[1][SUMS] = {};
             for (int slot = work.begin; slot < work.end; ++slot, ring.advance()) {
@@ -167,8 +167,8 @@ sm90_w4a16_gemm(const unsigned char *__restrict__ weights, const float *__restri
                 __syncwarp();
                 barrier_arrive_if(thread % 32 == 0, empty + 8 * ring.stage);
             }
-            if (work.end - work.begin == schedule.n_slots ||
-                join_pieces(p, work, schedule.slots_per_cta, partials, counters, is_last, total))
+            if (work.end - work.begin == p.n_slots + p.n_outlier_slots ||
+                join_pieces(p, work, partials, counters, is_last, total))
                 store<Output<OUT_DTYPE>>(p, corner, warpgroup, shared + STORE_AT + warpgroup * STORE_TOKENS * STORE_PITCH,
                                          channel_scales + 2 * p.n_panels * PANEL_ROWS, out, 1.0f, total);
         }

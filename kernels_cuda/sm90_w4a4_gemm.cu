@@ -4,7 +4,7 @@
 //   out       [M][N] of OUT_DTYPE, row-major
 //   partials  float32, 2 * gridDim.x * N_WARPGROUPS * 64 * ROW_BLOCKS * TILE_TOKENS; only for split tiles
 //   counters  int32 [n_stream_tiles], zero before the first launch; every launch leaves them zero
-// Any M >= 1, N >= 1. Sums are INT32 inside a group (PROGRESSIVE: over the whole row) and float32 across groups, in
+// Any M >= 1, N >= 1. Sums are INT32 inside a group (both sides progressive: over the whole row) and float32 across groups, in
 // an order that depends on the shape alone: equal inputs give equal bits.
 //
 // It computes the transposed product: weights are wgmma's A operand, unpacked in registers, and tokens lie along its
@@ -13,10 +13,11 @@
 //
 //   stage  | codes [TILE_TOKENS][128] | record of panel 0 | ... | record of the last panel | token scales |
 //
-// Parameters: PROGRESSIVE 0/1, GROUP_SIZE 64/128, SCALE_BYTES (exact 2 or 4, progressive 1), OUT_DTYPE, TILE_TOKENS
-// 8..128, CHUNK_TOKENS (tokens per wgmma), N_WARPGROUPS, ROW_BLOCKS, N_STAGES, CONSUMER_REGISTERS (0: as compiled),
+// Parameters: PROGRESSIVE 0/1 (weights), TOKEN_BASE 0/1 (progressive activations), GROUP_SIZE 64/128, SCALE_BYTES
+// (exact weights 2 or 4, progressive 1), OUT_DTYPE, TILE_TOKENS
+// 8..256, CHUNK_TOKENS (tokens per wgmma, 8..128), N_WARPGROUPS, ROW_BLOCKS, N_STAGES, CONSUMER_REGISTERS (0: as compiled),
 // SHARED_BYTES (the launch's dynamic shared memory). Launch: 128 * (N_WARPGROUPS + 1) threads.
-#if !defined(PROGRESSIVE) || !defined(GROUP_SIZE) || !defined(SCALE_BYTES) || !defined(OUT_DTYPE) || \
+#if !defined(PROGRESSIVE) || !defined(TOKEN_BASE) || !defined(GROUP_SIZE) || !defined(SCALE_BYTES) || !defined(OUT_DTYPE) || \
     !defined(TILE_TOKENS) || !defined(CHUNK_TOKENS) || !defined(N_WARPGROUPS) || !defined(ROW_BLOCKS) || \
     !defined(N_STAGES) || !defined(CONSUMER_REGISTERS) || !defined(SHARED_BYTES)
 #error "sm90_w4a4_gemm.cu lacks one of its parameters"
@@ -24,19 +25,22 @@
 
 #include "gemm_stream.cuh"
 
+
 namespace {
 
 using Weights = Record<GROUP_SIZE, SCALE_BYTES>;
 constexpr int TILE_BYTES = TILE_TOKENS * SLOT_INPUTS;
-constexpr int SCALE_ROWS = PROGRESSIVE ? 1 : Weights::groups;  // of token scales in an INT4 slot
+constexpr int SCALE_ROWS = TOKEN_BASE ? 1 : Weights::groups;  // of token scales in an INT4 slot
 constexpr int SCALES_AT = TILE_BYTES + PANELS * Weights::bytes;
 constexpr int STAGE_BYTES = (SCALES_AT + SCALE_ROWS * TILE_TOKENS * 4 + 1023) / 1024 * 1024;
 constexpr int STORE_AT = N_STAGES * STAGE_BYTES;
 constexpr int BARRIERS_AT = STORE_AT + STORE_BYTES;
+constexpr int OUTLIER_LIMIT = ROW_BLOCKS > 1 ? 32 : 64;  // what the registers leave room for
+constexpr int OUTLIER_CHUNK = CHUNK_TOKENS < OUTLIER_LIMIT ? CHUNK_TOKENS : OUTLIER_LIMIT;
 constexpr float UNIT = PROGRESSIVE ? 1.0f : EXACT_UNIT;
 
 static_assert(PROGRESSIVE ? SCALE_BYTES == 1 : SCALE_BYTES == 2 || SCALE_BYTES == 4, "bytes of a group scale");
-static_assert(TILE_TOKENS % CHUNK_TOKENS == 0 && TILE_TOKENS <= 128, "tile");
+static_assert(TILE_TOKENS % CHUNK_TOKENS == 0 && TILE_TOKENS <= 256, "tile");
 static_assert(1024 + BARRIERS_AT + 16 * N_STAGES + 16 <= SHARED_BYTES, "SHARED_BYTES is too small");
 
 __device__ void produce(const Problem &p, const unsigned char *weights, const signed char *codes,
@@ -45,14 +49,14 @@ __device__ void produce(const Problem &p, const unsigned char *weights, const si
     Work work;
     Ring ring;
     const size_t panel_bytes = static_cast<size_t>(p.n_slots + p.n_outlier_slots) * Weights::bytes;
-    while (schedule.next(work)) {
+    while (schedule.next(p, work)) {
         const Corner corner = tile_corner(work.tile, p);
         const unsigned n_tokens = min(TILE_TOKENS, p.padded_tokens - corner.token);
         for (int slot = work.begin; slot < work.end; ++slot, ring.advance()) {
             const bool outliers = slot >= p.n_slots;
             const int code_slot = outliers ? p.n_slots + (slot - p.n_slots) / 2 : slot;
             const int n_rows = outliers ? 1 : SCALE_ROWS;
-            const int first_row = outliers ? (PROGRESSIVE ? 1 : p.n_slots * SCALE_ROWS) : (PROGRESSIVE ? 0 : slot * SCALE_ROWS);
+            const int first_row = outliers ? (TOKEN_BASE ? 1 : p.n_slots * SCALE_ROWS) : TOKEN_BASE ? 0 : slot * SCALE_ROWS;
             const unsigned stage = shared + ring.stage * STAGE_BYTES;
             const unsigned barrier = full + 8 * ring.stage;
             barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
@@ -87,7 +91,6 @@ struct Consumer {
     int words;    // where the thread's words lie in a record
     int pair;     // the thread's (row, row + 8) pair of the panel
     int token;    // the thread's first token of every eight
-    int n_slots;  // INT4 slots, so the first outlier slot
     Ring ring;
 
     __device__ const unsigned char *wait() const {
@@ -130,25 +133,39 @@ __device__ __forceinline__ float2 load_scales(const unsigned char *record, int g
     return reinterpret_cast<const float2 *>(scales)[self.pair];
 }
 
-// total += sums * channel scale * token scale, for the two rows of a thread.
-template <int COUNT>
+// total += sums * channel scale * token scale, for the two rows of a thread; a scale that is not asked for is 1.
+template <bool BY_CHANNEL, bool BY_TOKEN, int COUNT>
 __device__ __forceinline__ void promote(float *total, const int (&sums)[COUNT], float2 channel_scales, const float *token_scales) {
 #pragma unroll
-    for (int j = 0; j < COUNT / 4; ++j) {
-        const float2 scales = *reinterpret_cast<const float2 *>(token_scales + 8 * j);
-        total[4 * j + 0] = fmaf(static_cast<float>(sums[4 * j + 0]) * channel_scales.x, scales.x, total[4 * j + 0]);
-        total[4 * j + 1] = fmaf(static_cast<float>(sums[4 * j + 1]) * channel_scales.x, scales.y, total[4 * j + 1]);
-        total[4 * j + 2] = fmaf(static_cast<float>(sums[4 * j + 2]) * channel_scales.y, scales.x, total[4 * j + 2]);
-        total[4 * j + 3] = fmaf(static_cast<float>(sums[4 * j + 3]) * channel_scales.y, scales.y, total[4 * j + 3]);
+    for (int i = 0; i < COUNT; ++i) {
+        const float2 tokens = BY_TOKEN ? *reinterpret_cast<const float2 *>(token_scales + i / 4 * 8) : float2{1.0f, 1.0f};
+        const float channel_scale = BY_CHANNEL ? i & 2 ? channel_scales.y : channel_scales.x : 1.0f;
+        const float token_scale = i & 1 ? tokens.y : tokens.x;
+        const float sum = static_cast<float>(sums[i]);
+        total[i] = BY_CHANNEL && BY_TOKEN ? fmaf(sum * channel_scale, token_scale, total[i])
+                                          : fmaf(sum, BY_TOKEN ? token_scale : channel_scale, total[i]);
+    }
+}
+
+// total *= channel scale * token scale, once for a row's INT4 slots; a scale that is not asked for is 1.
+template <bool BY_CHANNEL, bool BY_TOKEN>
+__device__ __forceinline__ void scale_total(float (&total)[SUMS], float2 channel_scales, const float *token_scales) {
+#pragma unroll
+    for (int i = 0; i < SUMS; ++i) {
+        const float2 tokens = BY_TOKEN ? *reinterpret_cast<const float2 *>(token_scales + i / 4 * 8) : float2{1.0f, 1.0f};
+        if constexpr (BY_CHANNEL) total[i] *= i & 2 ? channel_scales.y : channel_scales.x;
+        if constexpr (BY_TOKEN) total[i] *= i & 1 ? tokens.y : tokens.x;
+        if (i % 16 == 15) keep_order();  // loading all token scales first would spill
     }
 }
 
 // Slots whose sums are promoted group by group: INT4 with exact scales, and the outliers of both modes. A quantum is
 // one group x one panel x CHUNK tokens; while the tensor cores work on one, the one before is promoted. The pipeline
 // drains where a panel's weights are unpacked, which saves 16 registers and leaves the tensor cores to the other
-// warpgroup for a moment. `fixed_scales` are the outliers' channel scales.
+// warpgroup for a moment. `fixed_scales` are the channel scales that groups do not have: the outliers' scales, or the
+// base scales of progressive weights.
 template <bool OUTLIERS, int CHUNK>
-__device__ __forceinline__ void run_promoted(Consumer &self, int begin, int end, float (&total)[ROW_BLOCKS][SUMS],
+__device__ __forceinline__ void run_promoted(Consumer &self, int n_slots, int begin, int end, float (&total)[ROW_BLOCKS][SUMS],
                                              const float2 (&fixed_scales)[ROW_BLOCKS]) {
     constexpr int GROUPS = OUTLIERS ? 1 : Weights::groups;
     constexpr int STEPS = (OUTLIERS ? 2 : 4) / GROUPS;
@@ -157,13 +174,14 @@ __device__ __forceinline__ void run_promoted(Consumer &self, int begin, int end,
     for (int slot = begin; slot < end; ++slot) {
         const unsigned char *stage = self.wait();
         const float *tokens = reinterpret_cast<const float *>(stage + SCALES_AT) + self.token;
-        const unsigned long long tile = swizzled_tile(shared_address(stage)) + (OUTLIERS ? (slot - self.n_slots & 1) * 4 : 0);
+        const unsigned tile = swizzled_tile(shared_address(stage)) + (OUTLIERS ? (slot - n_slots & 1) * 4 : 0);
         int sums[2][CHUNK / 2];
         float2 scales[ROW_BLOCKS][GROUPS] = {};
         auto promote_quantum = [&](int q) {
             const int block = q / PER_BLOCK, group = q / CHUNKS % GROUPS, chunk = q % CHUNKS;
             pin(sums[q & 1]);
-            promote(&total[block][chunk * (CHUNK / 2)], sums[q & 1], scales[block][group], tokens + group * TILE_TOKENS + chunk * CHUNK);
+            promote<OUTLIERS || !PROGRESSIVE, OUTLIERS || !TOKEN_BASE>(&total[block][chunk * (CHUNK / 2)], sums[q & 1], scales[block][group],
+                                                                       tokens + group * TILE_TOKENS + chunk * CHUNK);
         };
 #pragma unroll
         for (int block = 0; block < ROW_BLOCKS; ++block) {
@@ -171,7 +189,7 @@ __device__ __forceinline__ void run_promoted(Consumer &self, int begin, int end,
             unsigned a[4][4];
             load_weights<OUTLIERS>(record, self, a);
 #pragma unroll
-            for (int g = 0; g < GROUPS; ++g) scales[block][g] = OUTLIERS ? fixed_scales[block] : load_scales(record, g, self);
+            for (int g = 0; g < GROUPS; ++g) scales[block][g] = OUTLIERS || PROGRESSIVE ? fixed_scales[block] : load_scales(record, g, self);
 #pragma unroll
             for (int i = 0; i < PER_BLOCK; ++i) {
                 const int q = block * PER_BLOCK + i, group = i / CHUNKS, chunk = i % CHUNKS;
@@ -186,11 +204,16 @@ __device__ __forceinline__ void run_promoted(Consumer &self, int begin, int end,
             wgmma_wait<0>();
         }
         promote_quantum(ROW_BLOCKS * PER_BLOCK - 1);
+        if (!OUTLIERS && (PROGRESSIVE || TOKEN_BASE) && slot == end - 1) {
+#pragma unroll
+            for (int block = 0; block < ROW_BLOCKS; ++block)
+                scale_total<PROGRESSIVE != 0, TOKEN_BASE != 0>(total[block], fixed_scales[block], tokens);
+        }
         self.release();
     }
 }
 
-// INT4 slots with progressive scales: one INT32 sum over all of them, promoted once. At least one slot.
+// INT4 slots with progressive scales on both sides: one INT32 sum over all of them, promoted once. At least one slot.
 __device__ __forceinline__ void run_progressive(Consumer &self, int begin, int end, float (&total)[ROW_BLOCKS][SUMS],
                                                 const float2 (&base_scales)[ROW_BLOCKS]) {
     constexpr int CHUNKS = TILE_TOKENS / CHUNK_TOKENS;
@@ -199,7 +222,7 @@ __device__ __forceinline__ void run_progressive(Consumer &self, int begin, int e
     int slot = begin;
     do {
         const unsigned char *stage = self.wait();
-        const unsigned long long tile = swizzled_tile(shared_address(stage));
+        const unsigned tile = swizzled_tile(shared_address(stage));
         tokens = reinterpret_cast<const float *>(stage + SCALES_AT) + self.token;
 #pragma unroll
         for (int block = 0; block < ROW_BLOCKS; ++block) {
@@ -218,13 +241,12 @@ __device__ __forceinline__ void run_progressive(Consumer &self, int begin, int e
         self.release();
     } while (true);
 #pragma unroll
-    for (int block = 0; block < ROW_BLOCKS; ++block)
+    for (int block = 0; block < ROW_BLOCKS; ++block) {
 #pragma unroll
-        for (int i = 0; i < SUMS; ++i) {
-            const float2 scales = *reinterpret_cast<const float2 *>(tokens + i / 4 * 8);
-            total[block][i] = static_cast<float>(sums[block][i / (CHUNK_TOKENS / 2)][i % (CHUNK_TOKENS / 2)]) *
-                              ((i & 2 ? base_scales[block].y : base_scales[block].x) * (i & 1 ? scales.y : scales.x));
-        }
+        for (int i = 0; i < SUMS; ++i)
+            total[block][i] = static_cast<float>(sums[block][i / (CHUNK_TOKENS / 2)][i % (CHUNK_TOKENS / 2)]);
+        scale_total<true, true>(total[block], base_scales[block], tokens);
+    }
     self.release();
 }
 
@@ -256,11 +278,11 @@ sm90_w4a4_gemm(const unsigned char *__restrict__ weights, const float *__restric
         if constexpr (CONSUMER_REGISTERS > 0) raise_registers<CONSUMER_REGISTERS>();
         const int thread = threadIdx.x % 128;
         Consumer self{shared, full, empty, TILE_BYTES + warpgroup * ROW_BLOCKS * Weights::bytes, thread * 16, thread / 4,
-                      thread % 4 * 2, p.n_slots, Ring()};
+                      thread % 4 * 2, Ring()};
         Schedule schedule(p);
         Work work;
         const int n_rows = p.n_panels * PANEL_ROWS;
-        while (schedule.next(work)) {
+        while (schedule.next(p, work)) {
             const Corner corner = tile_corner(work.tile, p);
             float total[ROW_BLOCKS][SUMS];
             float2 fixed[ROW_BLOCKS];
@@ -273,20 +295,21 @@ sm90_w4a4_gemm(const unsigned char *__restrict__ weights, const float *__restric
                 }
             };
             const int middle = min(max(p.n_slots, work.begin), work.end);  // INT4 slots before, outliers from here on
-            if (PROGRESSIVE && work.begin < middle) {
-                load_fixed(0, 1.0f);
+            if (PROGRESSIVE) load_fixed(0, 1.0f);
+            if (PROGRESSIVE && TOKEN_BASE && work.begin < middle) {
                 run_progressive(self, work.begin, middle, total, fixed);
             } else {
 #pragma unroll
                 for (int i = 0; i < ROW_BLOCKS * SUMS; ++i) total[i / SUMS][i % SUMS] = 0.0f;
             }
-            if constexpr (!PROGRESSIVE) run_promoted<false, CHUNK_TOKENS>(self, work.begin, middle, total, fixed);
+            if constexpr (!PROGRESSIVE || !TOKEN_BASE)
+                run_promoted<false, CHUNK_TOKENS>(self, p.n_slots, work.begin, middle, total, fixed);
             if (middle < work.end) {
                 load_fixed(1, 1.0f / UNIT);
-                run_promoted<true, (CHUNK_TOKENS < 64 ? CHUNK_TOKENS : 64)>(self, middle, work.end, total, fixed);
+                run_promoted<true, OUTLIER_CHUNK>(self, p.n_slots, middle, work.end, total, fixed);
             }
-            if (work.end - work.begin == schedule.n_slots ||
-                join_pieces(p, work, schedule.slots_per_cta, partials, counters, is_last, total))
+            if (work.end - work.begin == p.n_slots + p.n_outlier_slots ||
+                join_pieces(p, work, partials, counters, is_last, total))
                 store<Output<OUT_DTYPE>>(p, corner, warpgroup, shared + STORE_AT + warpgroup * STORE_TOKENS * STORE_PITCH,
                       channel_scales + 2 * n_rows, out, UNIT, total);
         }

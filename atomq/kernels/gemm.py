@@ -40,8 +40,12 @@ _PROBLEM_FIELDS = (
     "n_token_tiles",
     "n_tiles",
     "n_stream_tiles",
+    "slots_per_stream_tile",
+    "slots_per_cta",
 )
 _Problem = np.ndarray[tuple[int, ...], np.dtype[np.void]]
+_MANY_RECORDS = 16384  # 64 channels x 128 inputs each
+_FEW_RECORDS = 5000
 _MAX_COUNTERS = 16384  # tiles that may be split; a launch with more tiles splits only the last waves of them
 
 
@@ -85,7 +89,8 @@ def w4a4_gemm(
     Runs on torch's current stream and can be captured in a CUDA graph once it has run outside of one.
 
     Args:
-        activations: made for this weight: the same inputs, group size, mode and number of outliers.
+        activations: made for this weight: the same inputs, group size and number of outliers; each side may
+            have exact or progressive scales.
         weight: from `repack_weight`.
         out_dtype: float16, bfloat16 or float32.
         out: where to write, [M, N] of `out_dtype`, contiguous; allocated if None.
@@ -105,14 +110,14 @@ def w4a4_gemm(
         return out
     if engine is None:
         engine = default_engine(torch.cuda.get_device_capability(device), activations, weight)
-    if engine is Engine.MMA_INT4 and (activations.n_bits != 4 or weight.is_progressive):
+    if engine is Engine.MMA_INT4 and not _fits_int4(activations, weight):
         raise KernelError("w4a4_gemm: MMA_INT4 takes INT4 activations and exact scales; use MMA_INT8")
     if engine is Engine.WGMMA_INT8:
         _run_sm90(
             activations,
             weight,
             out,
-            tile or choose_tile(activations.n_tokens, weight.group_size, weight.is_progressive),
+            tile or _tile_for(activations, weight),
         )
     else:
         _run_sm80(activations, weight, out, engine)
@@ -130,7 +135,7 @@ def w4a16_gemm(
     """Multiply float16 or bfloat16 activations with a quantized linear: [M, N] of `out_dtype` (None: as `x`).
 
     Weights are exact in 16 bits, products and sums float32, scales are applied to a group's sum. Made for
-    decoding and small batches: every 64 tokens read the weights once more. Hopper only.
+    decoding and small batches: every 32 tokens read the weights once more. Hopper only.
 
     Args:
         x: [M, K] in the weight's input order, contiguous, 16-byte aligned, K = the weight's INT4 inputs, a
@@ -191,30 +196,58 @@ def default_engine(
         raise KernelError("w4a4_gemm: the device is sm_{}{}; it takes sm_80 or newer".format(*capability))
     if capability == (9, 0):
         return Engine.WGMMA_INT8
-    is_native = capability < (9, 0) and activations.n_bits == 4 and not weight.is_progressive
+    is_native = capability < (9, 0) and _fits_int4(activations, weight)
     return Engine.MMA_INT4 if is_native else Engine.MMA_INT8
 
 
-def choose_tile(n_tokens: int, group_size: int, is_progressive: bool) -> Tile:
-    """The tile for a number of tokens; docs/kernels.md has the measurements behind it."""
+def _fits_int4(activations: PackedActivations, weight: PackedWeight) -> bool:
+    """Whether both operands' codes are INT4: progressive ones are multiplied by their factors."""
+    return activations.n_bits == 4 and not weight.is_progressive and not activations.has_base_scales
+
+
+def choose_tile(
+    n_tokens: int, n_panels: int, n_slots: int, group_size: int, *, progressive: bool, token_base: bool
+) -> Tile:
+    """The tile for a product; docs/kernels.md has the measurements behind it.
+
+    `progressive` weights, `token_base`: progressive activations. A chunk is as large as its sums, the tile's
+    and the scales leave registers for.
+    """
     if n_tokens <= 64:
         tokens = max(8, 1 << (n_tokens - 1).bit_length())
         return Tile(tokens, tokens, n_warpgroups=2, row_blocks=1, consumer_registers=0)
-    if is_progressive:
-        return Tile(128, 128, n_warpgroups=2, row_blocks=2, consumer_registers=232)
-    if group_size == 64:
-        return Tile(128, 64, n_warpgroups=2, row_blocks=1, consumer_registers=232)
-    return Tile(128, 64, n_warpgroups=2, row_blocks=2, consumer_registers=232)
+    if progressive and token_base:
+        chunk = 128
+    else:
+        chunk = 32 if group_size == 64 and not token_base else 64
+    records = n_panels * n_slots
+    if (
+        n_tokens <= 128
+    ):  # two panels for each warpgroup: fewer tiles, so whole ones, where they fill the machine
+        row_blocks = 2 if records >= _MANY_RECORDS and group_size == 128 else 1
+        return Tile(128, chunk, n_warpgroups=2, row_blocks=row_blocks, consumer_registers=232)
+    tokens = 256 if records * -(-n_tokens // 256) >= _FEW_RECORDS else 128
+    return Tile(tokens, chunk, n_warpgroups=2, row_blocks=1, consumer_registers=232)
 
 
-def sm90_defines(tile: Tile, group_size: int, scale_bytes: int, out_dtype: torch.dtype) -> dict[str, int]:
+def choose_w4a16_tile(n_tokens: int) -> Tile:
+    """The W4A16 tile for a number of tokens: above 8, more warps share the conversion of codes."""
+    tokens = min(32, max(8, 1 << (n_tokens - 1).bit_length()))
+    n_warpgroups = 2 if tokens == 8 else 4
+    return Tile(tokens, tokens, n_warpgroups=n_warpgroups, row_blocks=1, consumer_registers=0)
+
+
+def sm90_defines(
+    tile: Tile, group_size: int, scale_bytes: int, token_base: bool, out_dtype: torch.dtype
+) -> dict[str, int]:
     """The parameters of `sm90_w4a4_gemm.cu` for a tile, with as many stages as fit into shared memory."""
-    scale_rows = 1 if scale_bytes == 1 else SLOT_INPUTS // group_size
+    scale_rows = 1 if token_base else SLOT_INPUTS // group_size
     stage = tile.tokens * (SLOT_INPUTS + 4 * scale_rows) + tile.panels * record_bytes(group_size, scale_bytes)
     stage = -(-stage // 1024) * 1024
     fixed = 1024 + tile.n_warpgroups * min(32, tile.tokens) * _STORE_PITCH + 16
     return {
         "PROGRESSIVE": int(scale_bytes == 1),
+        "TOKEN_BASE": int(token_base),
         "GROUP_SIZE": group_size,
         "SCALE_BYTES": scale_bytes,
         "OUT_DTYPE": OUT_DTYPES[out_dtype],
@@ -226,12 +259,6 @@ def sm90_defines(tile: Tile, group_size: int, scale_bytes: int, out_dtype: torch
         "N_STAGES": min(24, (_SM90_SHARED_BYTES - fixed) // (stage + 16)),
         "SHARED_BYTES": _SM90_SHARED_BYTES,
     }
-
-
-def choose_w4a16_tile(n_tokens: int) -> Tile:
-    """The W4A16 tile for a number of tokens."""
-    tokens = min(64, max(8, 1 << (n_tokens - 1).bit_length()))
-    return Tile(tokens, tokens, n_warpgroups=2, row_blocks=1, consumer_registers=0)
 
 
 def sm90_w4a16_defines(
@@ -254,13 +281,19 @@ def sm90_w4a16_defines(
 
 
 def sm80_defines(
-    tile_tokens: int, engine: Engine, group_size: int, scale_bytes: int, out_dtype: torch.dtype
+    tile_tokens: int,
+    engine: Engine,
+    group_size: int,
+    scale_bytes: int,
+    token_base: bool,
+    out_dtype: torch.dtype,
 ) -> dict[str, int]:
     """The parameters of `sm80_w4a4_gemm.cu`."""
-    scale_rows = 1 if scale_bytes == 1 else SLOT_INPUTS // group_size
+    scale_rows = 1 if token_base else SLOT_INPUTS // group_size
     stage = tile_tokens * (SLOT_INPUTS + 4 * scale_rows) + 2 * record_bytes(group_size, scale_bytes)
     return {
         "PROGRESSIVE": int(scale_bytes == 1),
+        "TOKEN_BASE": int(token_base),
         "GROUP_SIZE": group_size,
         "SCALE_BYTES": scale_bytes,
         "OUT_DTYPE": OUT_DTYPES[out_dtype],
@@ -271,7 +304,9 @@ def sm80_defines(
 
 
 def _run_sm90(activations: PackedActivations, weight: PackedWeight, out: torch.Tensor, tile: Tile) -> None:
-    defines = sm90_defines(tile, weight.group_size, weight.scale_bytes, out.dtype)
+    defines = sm90_defines(
+        tile, weight.group_size, weight.scale_bytes, activations.has_base_scales, out.dtype
+    )
     kernel = compile_kernel("sm90_w4a4_gemm", **defines)
     n_ctas, partials, counters, problem = _schedule(activations.codes.shape[1], weight, out, tile)
     arguments: tuple[Argument, ...] = (
@@ -288,6 +323,18 @@ def _run_sm90(activations: PackedActivations, weight: PackedWeight, out: torch.T
     launch(kernel, (n_ctas,), block, arguments, device=out.device, shared_bytes=defines["SHARED_BYTES"])
 
 
+def _tile_for(activations: PackedActivations, weight: PackedWeight) -> Tile:
+    n_panels, n_slots, _ = weight.records.shape
+    return choose_tile(
+        activations.n_tokens,
+        n_panels,
+        n_slots,
+        weight.group_size,
+        progressive=weight.is_progressive,
+        token_base=activations.has_base_scales,
+    )
+
+
 def _schedule(
     padded_tokens: int, weight: PackedWeight, out: torch.Tensor, tile: Tile
 ) -> tuple[int, torch.Tensor | None, torch.Tensor | None, _Problem]:
@@ -296,28 +343,58 @@ def _schedule(
     n_token_tiles = -(-out.shape[0] // tile.tokens)
     n_tiles = n_token_tiles * -(-weight.records.shape[0] // tile.panels)
     n_ctas = _n_multiprocessors(device.index or 0)
-    n_stream_tiles = _n_stream_tiles(n_tiles, n_ctas, tile)
+    stream = split_tiles(n_tiles, weight.records.shape[1], n_ctas, tile.tokens)
     partials = counters = None
-    if n_stream_tiles:
+    if stream.n_tiles:
         size = 2 * n_ctas * tile.panels * PANEL_ROWS * tile.tokens
         partials = torch.empty(size, dtype=torch.float32, device=device)
         counters = _counters(device)
-    problem = _problem(padded_tokens, weight, out, n_token_tiles, n_tiles, n_stream_tiles)
+    problem = _problem(
+        padded_tokens,
+        weight,
+        out,
+        n_token_tiles,
+        n_tiles,
+        stream.n_tiles,
+        stream.slots_per_tile,
+        stream.slots_per_cta,
+    )
     return n_ctas, partials, counters, problem
 
 
-def _n_stream_tiles(n_tiles: int, n_ctas: int, tile: Tile) -> int:
-    """How many tiles are split evenly over the CTAs; the rest go out whole, one CTA each.
+@dataclass(frozen=True)
+class Stream:
+    """The tiles that are split: `slots_per_cta` slots to each CTA, of `slots_per_tile` for every tile."""
 
-    Splitting costs a round trip of float32 partial sums, so whole waves stay whole and a last wave that is
-    nearly full does too.
+    n_tiles: int
+    slots_per_tile: int
+    slots_per_cta: int
+
+
+def split_tiles(n_tiles: int, n_slots: int, n_ctas: int, tile_tokens: int) -> Stream:
+    """Which tiles to split, and how; the rest go out whole, one after the other.
+
+    Splitting costs a round trip of float32 partial sums. So whole waves stay whole and a last wave that is
+    nearly full does too; where tiles are few, each is cut into the same number of pieces, one for each CTA,
+    unless dealing out all slots evenly (with up to two pieces for each CTA) takes a tenth less time.
     """
-    if tile.tokens <= 64 and n_tiles <= _MAX_COUNTERS:
-        return n_tiles
-    rest = n_tiles % n_ctas
-    if rest == 0 or (n_tiles > n_ctas and rest > 0.8 * n_ctas):
-        return 0
-    return rest if n_tiles < n_ctas else rest + n_ctas
+    decodes = tile_tokens <= 64
+    if decodes and n_tiles <= _MAX_COUNTERS:
+        n_stream = n_tiles
+    else:
+        rest = n_tiles % n_ctas
+        n_waves = -(-n_tiles // n_ctas)
+        if n_waves * n_ctas <= 1.05 * n_tiles:
+            return Stream(0, n_slots, n_slots)
+        n_stream = rest if n_tiles < n_ctas else rest + n_ctas
+    even = -(-n_stream * n_slots // n_ctas)
+    if n_stream <= n_ctas:
+        n_pieces = n_ctas // n_stream
+        piece = -(-n_slots // n_pieces)
+        second_piece = 2 if decodes else 8  # slots that its store and its joining cost, about
+        if piece <= 1.1 * even + second_piece:
+            return Stream(n_stream, n_pieces * piece, piece)
+    return Stream(n_stream, n_slots, even)
 
 
 def _run_sm80(
@@ -325,7 +402,9 @@ def _run_sm80(
 ) -> None:
     device = out.device
     tile_tokens = 16 if activations.n_tokens <= 16 else 64
-    defines = sm80_defines(tile_tokens, engine, weight.group_size, weight.scale_bytes, out.dtype)
+    defines = sm80_defines(
+        tile_tokens, engine, weight.group_size, weight.scale_bytes, activations.has_base_scales, out.dtype
+    )
     if engine is Engine.MMA_INT4 and torch.cuda.get_device_capability(device) >= (9, 0):
         defines["ALLOW_EMULATED_INT4"] = 1
     kernel = compile_kernel("sm80_w4a4_gemm", **defines)
@@ -413,12 +492,12 @@ def _check(activations: PackedActivations, weight: PackedWeight, out_dtype: torc
         raise KernelError("w4a4_gemm: the weight's records are not those that repack_weight makes")
     padded = -(-activations.n_tokens // 8) * 8
     code_slots = weight.n_slots + -(-weight.n_outlier_slots * OUTLIERS_PER_SLOT // SLOT_INPUTS)
-    n_rows = 1 if weight.is_progressive else weight.n_slots * (SLOT_INPUTS // weight.group_size)
+    n_groups = 1 if activations.has_base_scales else weight.n_slots * (SLOT_INPUTS // weight.group_size)
     shapes = {
         "weight.records": (weight.records, torch.uint8, (n_panels, n_all, n_bytes)),
         "weight.channel_scales": (weight.channel_scales, torch.float32, (3, n_panels * PANEL_ROWS)),
         "activations.codes": (activations.codes, torch.int8, (code_slots, padded, SLOT_INPUTS)),
-        "activations.token_scales": (activations.token_scales, torch.float32, (n_rows + 1, padded)),
+        "activations.token_scales": (activations.token_scales, torch.float32, (n_groups + 1, padded)),
     }
     for name, (tensor, dtype, shape) in shapes.items():
         check_operand("w4a4_gemm", name, tensor, dtype=dtype, shape=shape, device=device, alignment=16)

@@ -53,17 +53,24 @@ def _multiply(activations: PackedActivations, weight: PackedWeight, dtype: torch
     base_scales, outlier_scales, bias = weight.channel_scales.to(dtype)
     group = weight.group_size
     first_outlier = n_slots * SLOT_INPUTS
-    if weight.is_progressive:
-        operand = weight_codes.double() * weight_scales.double().repeat_interleave(group, dim=1)
-        sums = codes[:, :first_outlier] @ operand.T
-        total = sums.to(dtype) * base_scales * token_scales[0][:, None]
+    factors = weight_scales if weight.is_progressive else torch.ones_like(weight_scales)
+    operand = weight_codes.double() * factors.double().repeat_interleave(group, dim=1)
+    if weight.is_progressive and activations.has_base_scales:
+        total = (codes[:, :first_outlier] @ operand.T).to(dtype)
     else:
         total = torch.zeros(n_tokens, weight_codes.shape[0], dtype=dtype, device=codes.device)
-        scales = weight_scales.to(dtype)
         for index in range(n_slots * (SLOT_INPUTS // group)):
             part = slice(index * group, (index + 1) * group)
-            sums = codes[:, part] @ weight_codes[:, part].double().T  # (M, Np), exact integers
-            total += sums.to(dtype) * scales[:, index] * token_scales[index][:, None]
+            sums = (codes[:, part] @ operand[:, part].T).to(dtype)  # (M, Np), exact integers
+            if not weight.is_progressive:
+                sums *= weight_scales[:, index].to(dtype)
+            if not activations.has_base_scales:
+                sums *= token_scales[index][:, None]
+            total += sums
+    if weight.is_progressive:
+        total *= base_scales
+    if activations.has_base_scales:
+        total *= token_scales[0][:, None]
     n_outliers = weight.n_outlier_slots * OUTLIERS_PER_SLOT
     if n_outliers:
         sums = codes[:, first_outlier : first_outlier + n_outliers] @ outlier_weights.double().T

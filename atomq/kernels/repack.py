@@ -102,6 +102,11 @@ class PackedActivations:
     n_tokens: int
     n_bits: int = 4
 
+    @property
+    def has_base_scales(self) -> bool:
+        """Whether the scales are progressive: one base per token (a single exact group is the same thing)."""
+        return self.token_scales.shape[0] == 2
+
 
 def record_bytes(group_size: int, scale_bytes: int) -> int:
     """Bytes of 64 channels x one slot."""

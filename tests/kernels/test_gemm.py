@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import shutil
 import subprocess
@@ -29,14 +30,14 @@ SHAPES = [
 TOKENS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 64, 127, 128, 129, 255, 256, 1000, 4096)
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 3e-4, torch.bfloat16: 2.5e-3}
 TILES = [
-    *(
-        gemm.choose_tile(n, group, mode)
-        for n in (8, 16, 32, 64, 128)
-        for group in (64, 128)
-        for mode in (0, 1)
-    ),
-    Tile(128, 64, 2, 2, 232),
+    Tile(8, 8, 2, 1, 0),
+    Tile(16, 16, 2, 1, 0),
+    Tile(32, 32, 2, 1, 0),
+    Tile(64, 64, 2, 1, 0),
     Tile(64, 64, 2, 2, 232),
+    Tile(128, 64, 2, 1, 232),
+    Tile(128, 64, 2, 2, 232),
+    Tile(256, 64, 2, 1, 232),
 ]
 
 
@@ -59,7 +60,7 @@ def make_weight(
 
     def scales(*shape: int) -> torch.Tensor:
         if power_of_two:
-            return torch.randint(-6, 0, shape, generator=generator).float().exp2()
+            return torch.randint(-2, 0, shape, generator=generator).float().exp2()
         return torch.rand(*shape, generator=generator) * 0.02 + 0.001
 
     def integers(low: int, high: int, *shape: int) -> torch.Tensor:
@@ -93,20 +94,30 @@ def move(operand, device):
 
 
 def make_inputs(
-    n_tokens, weight: CanonicalWeight, *, n_bits: int = 4, power_of_two: bool = False, seed: int = 1
+    n_tokens,
+    weight: CanonicalWeight,
+    *,
+    base_scales: bool | None = None,
+    n_bits: int = 4,
+    power_of_two: bool = False,
+    seed: int = 1,
 ):
-    """Plain activations for a weight: codes, scales, outlier codes, outlier scales (CPU)."""
+    """Plain activations for a weight: codes, scales, outlier codes, outlier scales (CPU).
+
+    `base_scales` makes them progressive; None does as the weight does.
+    """
+    base_scales = weight.is_progressive if base_scales is None else base_scales
     generator = torch.Generator().manual_seed(seed)
     n_groups = -(-weight.n_inputs // weight.group_size)
     low, high = (-8, 8) if n_bits == 4 else (-127, 128)
     codes = torch.randint(low, high, (n_tokens, weight.n_inputs), generator=generator)
-    if weight.is_progressive:
+    if base_scales:
         factors = torch.randint(1, 17, (n_tokens, n_groups), generator=generator)
         codes *= factors.repeat_interleave(weight.group_size, 1)[:, : weight.n_inputs] if n_bits == 4 else 1
-    shape = (n_tokens, 1 if weight.is_progressive else n_groups)
+    shape = (n_tokens, 1 if base_scales else n_groups)
     if power_of_two:
-        scales = torch.randint(-6, 0, shape, generator=generator).float().exp2()
-        outlier_scales = torch.randint(-6, 0, shape[:1], generator=generator).float().exp2()
+        scales = torch.randint(-2, 0, shape, generator=generator).float().exp2()
+        outlier_scales = torch.randint(-2, 0, shape[:1], generator=generator).float().exp2()
     else:
         scales = torch.rand(shape, generator=generator) * 0.05 + 0.005
         outlier_scales = torch.rand(n_tokens, generator=generator) * 0.01 + 0.001
@@ -116,7 +127,8 @@ def make_inputs(
 
 def pack_inputs(inputs, weight: CanonicalWeight, n_bits: int = 4):
     codes, scales, outliers, outlier_scales = inputs
-    group_size = None if weight.is_progressive else weight.group_size
+    has_group_scales = scales.shape[1] * weight.group_size >= weight.n_inputs
+    group_size = weight.group_size if has_group_scales else None
     if not weight.n_outliers:
         return pack_activations(codes, scales, None, None, group_size, n_bits)
     return pack_activations(codes, scales, outliers, outlier_scales, group_size, n_bits)
@@ -143,11 +155,12 @@ def error(result: torch.Tensor, oracle: torch.Tensor) -> float:
     return ((result.double() - oracle).norm() / oracle.norm()).item()
 
 
+@pytest.mark.parametrize("base_scales", [False, True], ids=["group-scales", "base-scales"])
 @pytest.mark.parametrize("progressive", [False, True], ids=["exact", "progressive"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_operands_hold_what_the_checkpoint_holds(shape, progressive):
+def test_operands_hold_what_the_checkpoint_holds(shape, progressive, base_scales):
     weight = make_weight(*shape, progressive=progressive)
-    inputs = make_inputs(13, weight)
+    inputs = make_inputs(13, weight, base_scales=base_scales)
     packed, activations = repack_weight(weight), pack_inputs(inputs, weight)
     expected = plain_product(inputs, weight)
     assert error(gemm_reference.w4a4_oracle(activations, packed), expected) < 1e-12
@@ -213,14 +226,21 @@ def disassemble(cubin: bytes, folder: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("token_base", [False, True])
 @pytest.mark.parametrize("scale_bytes", [1, 2, 4])
 @pytest.mark.parametrize("group_size", [64, 128])
-def test_hopper_templates_compile_to_wgmma_without_spills(group_size, scale_bytes, tmp_path):
+def test_hopper_templates_compile_to_wgmma_without_spills(group_size, scale_bytes, token_base, tmp_path):
     pytest.importorskip("cupy", reason="compiles with NVRTC through CuPy")
-    for n_tokens in (8, 16, 32, 64, 128):
-        tile = gemm.choose_tile(n_tokens, group_size, scale_bytes == 1)
+    tiles = {
+        gemm.choose_tile(
+            n_tokens, n_panels, 64, group_size, progressive=scale_bytes == 1, token_base=token_base
+        )
+        for n_tokens in (8, 16, 32, 64, 128, 1000)
+        for n_panels in (64, 448)
+    }
+    for tile in tiles:
         for out_dtype in gemm.OUT_DTYPES:
-            defines = gemm.sm90_defines(tile, group_size, scale_bytes, out_dtype)
+            defines = gemm.sm90_defines(tile, group_size, scale_bytes, token_base, out_dtype)
             kernel = compile_for("sm90_w4a4_gemm", "sm_90a", **defines)
             assert kernel.spill_bytes == 0, (tile, out_dtype)
     assert "IGMMA" in disassemble(kernel.cubin, tmp_path)
@@ -243,22 +263,35 @@ def test_portable_templates_compile_everywhere_without_spills(arch, tmp_path):
             )
             for engine in (Engine.MMA_INT8, *([Engine.MMA_INT4] if is_native and scale_bytes > 1 else [])):
                 for tile_tokens in (16, 64):
-                    defines = gemm.sm80_defines(tile_tokens, engine, group_size, scale_bytes, torch.float16)
+                    defines = gemm.sm80_defines(
+                        tile_tokens, engine, group_size, scale_bytes, scale_bytes == 1, torch.float16
+                    )
                     kernel = compile_for("sm80_w4a4_gemm", arch, **defines)
                     assert kernel.spill_bytes == 0, (engine, tile_tokens, group_size, scale_bytes)
     sass = disassemble(kernel.cubin, tmp_path)
     assert bool(re.search(r"IMMA\.16864\.S4", sass)) == is_native
 
 
+@pytest.mark.slow
+def test_w4a16_templates_compile_without_spills():
+    pytest.importorskip("cupy", reason="compiles with NVRTC through CuPy")
+    for n_tokens, group_size, dtype in itertools.product(
+        (1, 16, 32), (64, 128), (torch.float16, torch.bfloat16)
+    ):
+        tile = gemm.choose_w4a16_tile(n_tokens)
+        defines = gemm.sm90_w4a16_defines(tile, group_size, 2, dtype, dtype)
+        assert compile_for("sm90_w4a16_gemm", "sm_90a", **defines).spill_bytes == 0, (tile, group_size, dtype)
+
+
 def test_int4_mma_is_refused_where_it_is_emulated():
     pytest.importorskip("cupy", reason="compiles with NVRTC through CuPy")
-    defines = gemm.sm80_defines(16, Engine.MMA_INT4, 128, 2, torch.float16)
+    defines = gemm.sm80_defines(16, Engine.MMA_INT4, 128, 2, False, torch.float16)
     with pytest.raises(KernelError, match="emulated from sm_90 on"):
         compile_for("sm80_w4a4_gemm", "sm_90a", **defines)
 
 
 def test_the_default_engine_follows_device_and_operands():
-    weight = make_weight(64, 128, 0, 128)
+    weight = make_weight(64, 256, 0, 128)
     packed, inputs = repack_weight(weight), make_inputs(3, weight)
     four, eight = pack_inputs(inputs, weight), pack_inputs(inputs, weight, 8)
     assert gemm.default_engine((9, 0), four, packed) is Engine.WGMMA_INT8
@@ -269,10 +302,11 @@ def test_the_default_engine_follows_device_and_operands():
         gemm.default_engine((7, 5), four, packed)
 
 
-ENGINES = [
-    *((Engine.WGMMA_INT8, mode, tile) for mode in (False, True) for tile in dict.fromkeys(TILES)),
-    *((engine, False, None) for engine in (Engine.MMA_INT8, Engine.MMA_INT4)),
-    (Engine.MMA_INT8, True, None),
+MODES = list(itertools.product((False, True), repeat=2))  # progressive weights, progressive activations
+TEMPLATES = [
+    *((Engine.WGMMA_INT8, mode, tile) for mode in MODES for tile in TILES),
+    *((Engine.MMA_INT8, mode, None) for mode in MODES),
+    (Engine.MMA_INT4, (False, False), None),
 ]
 
 
@@ -282,19 +316,20 @@ def on_gpu(engine: Engine) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("engine", "progressive", "tile"), ENGINES, ids=str)
-def test_every_template_matches_the_oracle(engine, progressive, tile):
+@pytest.mark.parametrize(("engine", "mode", "tile"), TEMPLATES, ids=str)
+def test_every_template_matches_the_oracle(engine, mode, tile):
     on_gpu(engine)
+    progressive, base_scales = mode
     for i, shape in enumerate(SHAPES):
         weight = make_weight(*shape, progressive=progressive, float32_scales=i % 2 == 1, device="cuda")
         packed = repack_weight(weight)
         cpu = move(weight, "cpu")
         assert torch.equal(packed.records.cpu(), repack_weight(cpu).records)
-        for j, n_tokens in enumerate((1, 7, 17, 129)):
-            inputs = make_inputs(n_tokens, cpu)
+        for n_tokens in (1, 7, 17, 129):
+            inputs = make_inputs(n_tokens, cpu, base_scales=base_scales)
             activations = move(pack_inputs(inputs, cpu), "cuda")
             expected = plain_product(inputs, cpu).cuda()
-            out_dtype = list(TOLERANCE)[(i + j) % 3]
+            out_dtype = list(TOLERANCE)[i % 3]
             out = torch.full_like(expected, float("nan"), dtype=out_dtype)
             w4a4_gemm(activations, packed, out_dtype, out=out, engine=engine, tile=tile)
             assert error(out, expected) <= TOLERANCE[out_dtype], (shape, n_tokens, out_dtype)
