@@ -42,7 +42,8 @@ MODEL_SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
 
 FROBENIUS_LIMIT = {torch.float32: 1e-6, torch.float16: 3e-4, torch.bfloat16: 2.5e-3}
 _CACHE_BYTES = 160e6  # copies of a weight together exceed three times the largest L2 cache
-_WARM_UPS, _REPLAYS, _COLD_SAMPLES = 3, 30, 30
+_WARM_UP_US = 50e3  # of replays before the first sample: clocks and caches settle
+_REPLAYS, _COLD_SAMPLES = 30, 30
 _GRAPH_US = 4000.0  # a graph holds launches of about this long, at least one for each copy
 
 
@@ -186,7 +187,7 @@ def environment() -> dict[str, Any]:
         "l2_bytes": properties.L2_cache_size,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "warm_ups": _WARM_UPS,
+        "warm_up_us": _WARM_UP_US,
         "replays": _REPLAYS,
         "cold_samples": _COLD_SAMPLES,
         "statistic": "median",
@@ -215,7 +216,7 @@ def time_launches(launches: list[Callable[[], object]]) -> Timing:
         with torch.cuda.graph(graph, stream=stream):
             for i in range(n_launches):
                 launches[i % len(launches)]()
-        for _ in range(_WARM_UPS):
+        for _ in range(math.ceil(_WARM_UP_US / (n_launches * estimate))):
             graph.replay()
         samples = sorted(timed(graph.replay) / n_launches for _ in range(_REPLAYS))
         flushed = torch.empty(int(_CACHE_BYTES), dtype=torch.uint8, device="cuda")

@@ -117,7 +117,7 @@ def w4a4_gemm(
             activations,
             weight,
             out,
-            tile or _tile_for(activations, weight),
+            tile or _tile_for(activations, weight, out_dtype),
         )
     else:
         _run_sm80(activations, weight, out, engine)
@@ -206,25 +206,31 @@ def _fits_int4(activations: PackedActivations, weight: PackedWeight) -> bool:
 
 
 def choose_tile(
-    n_tokens: int, n_panels: int, n_slots: int, group_size: int, *, progressive: bool, token_base: bool
+    n_tokens: int,
+    n_panels: int,
+    n_slots: int,
+    group_size: int,
+    *,
+    progressive: bool,
+    token_base: bool,
+    out_dtype: torch.dtype,
 ) -> Tile:
     """The tile for a product; docs/kernels.md has the measurements behind it.
 
-    `progressive` weights, `token_base`: progressive activations. A chunk is as large as its sums, the tile's
-    and the scales leave registers for.
+    `progressive` weights, `token_base`: progressive activations. Chunks and row blocks are as large as
+    registers allow without spilling.
     """
     if n_tokens <= 64:
         tokens = max(8, 1 << (n_tokens - 1).bit_length())
         return Tile(tokens, tokens, n_warpgroups=2, row_blocks=1, consumer_registers=0)
+    chunk = 32 if group_size == 64 and not token_base else 64
     if progressive and token_base:
         chunk = 128
-    else:
-        chunk = 32 if group_size == 64 and not token_base else 64
     records = n_panels * n_slots
-    if (
-        n_tokens <= 128
-    ):  # two panels for each warpgroup: fewer tiles, so whole ones, where they fill the machine
-        row_blocks = 2 if records >= _MANY_RECORDS and group_size == 128 else 1
+    if n_tokens <= 128:
+        # Two panels for each warpgroup make fewer tiles: whole ones, where there are enough for the machine.
+        fits = group_size == 128 and (token_base or not progressive) and out_dtype != torch.float32
+        row_blocks = 2 if fits and records >= _MANY_RECORDS else 1
         return Tile(128, chunk, n_warpgroups=2, row_blocks=row_blocks, consumer_registers=232)
     tokens = 256 if records * -(-n_tokens // 256) >= _FEW_RECORDS else 128
     return Tile(tokens, chunk, n_warpgroups=2, row_blocks=1, consumer_registers=232)
@@ -323,7 +329,7 @@ def _run_sm90(activations: PackedActivations, weight: PackedWeight, out: torch.T
     launch(kernel, (n_ctas,), block, arguments, device=out.device, shared_bytes=defines["SHARED_BYTES"])
 
 
-def _tile_for(activations: PackedActivations, weight: PackedWeight) -> Tile:
+def _tile_for(activations: PackedActivations, weight: PackedWeight, out_dtype: torch.dtype) -> Tile:
     n_panels, n_slots, _ = weight.records.shape
     return choose_tile(
         activations.n_tokens,
@@ -332,6 +338,7 @@ def _tile_for(activations: PackedActivations, weight: PackedWeight) -> Tile:
         weight.group_size,
         progressive=weight.is_progressive,
         token_base=activations.has_base_scales,
+        out_dtype=out_dtype,
     )
 
 

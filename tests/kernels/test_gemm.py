@@ -231,15 +231,21 @@ def disassemble(cubin: bytes, folder: Path) -> str:
 @pytest.mark.parametrize("group_size", [64, 128])
 def test_hopper_templates_compile_to_wgmma_without_spills(group_size, scale_bytes, token_base, tmp_path):
     pytest.importorskip("cupy", reason="compiles with NVRTC through CuPy")
-    tiles = {
-        gemm.choose_tile(
-            n_tokens, n_panels, 64, group_size, progressive=scale_bytes == 1, token_base=token_base
-        )
-        for n_tokens in (8, 16, 32, 64, 128, 1000)
-        for n_panels in (64, 448)
-    }
-    for tile in tiles:
-        for out_dtype in gemm.OUT_DTYPES:
+    for out_dtype in gemm.OUT_DTYPES:
+        tiles = {
+            gemm.choose_tile(
+                n_tokens,
+                n_panels,
+                64,
+                group_size,
+                progressive=scale_bytes == 1,
+                token_base=token_base,
+                out_dtype=out_dtype,
+            )
+            for n_tokens in (8, 16, 32, 64, 128, 1000)
+            for n_panels in (32, 448)
+        }
+        for tile in tiles:
             defines = gemm.sm90_defines(tile, group_size, scale_bytes, token_base, out_dtype)
             kernel = compile_for("sm90_w4a4_gemm", "sm_90a", **defines)
             assert kernel.spill_bytes == 0, (tile, out_dtype)
