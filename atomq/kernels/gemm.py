@@ -44,8 +44,8 @@ _PROBLEM_FIELDS = (
     "slots_per_cta",
 )
 _Problem = np.ndarray[tuple[int, ...], np.dtype[np.void]]
-_MANY_RECORDS = 16384  # 64 channels x 128 inputs each
-_FEW_RECORDS = 5000
+MANY_RECORDS = 16384  # of 64 channels x 128 inputs: 28672 x 8192 has 29120
+FEW_RECORDS = 5000  # 4096 x 4096 has 2112
 _MAX_COUNTERS = 16384  # tiles that may be split; a launch with more tiles splits only the last waves of them
 
 
@@ -207,32 +207,31 @@ def _fits_int4(activations: PackedActivations, weight: PackedWeight) -> bool:
 
 def choose_tile(
     n_tokens: int,
-    n_panels: int,
-    n_slots: int,
     group_size: int,
-    *,
     progressive: bool,
-    token_base: bool,
-    out_dtype: torch.dtype,
+    *,
+    token_base: bool | None = None,
+    n_records: int = MANY_RECORDS,
+    out_dtype: torch.dtype = torch.float16,
 ) -> Tile:
     """The tile for a product; docs/kernels.md has the measurements behind it.
 
-    `progressive` weights, `token_base`: progressive activations. Chunks and row blocks are as large as
-    registers allow without spilling.
+    `progressive` weights; `token_base`: progressive activations (None: as the weights); `n_records` of the
+    weight. Chunks and row blocks are as large as registers allow without spilling.
     """
+    token_base = progressive if token_base is None else token_base
     if n_tokens <= 64:
         tokens = max(8, 1 << (n_tokens - 1).bit_length())
         return Tile(tokens, tokens, n_warpgroups=2, row_blocks=1, consumer_registers=0)
     chunk = 32 if group_size == 64 and not token_base else 64
     if progressive and token_base:
         chunk = 128
-    records = n_panels * n_slots
     if n_tokens <= 128:
         # Two panels for each warpgroup make fewer tiles: whole ones, where there are enough for the machine.
         fits = group_size == 128 and (token_base or not progressive) and out_dtype != torch.float32
-        row_blocks = 2 if fits and records >= _MANY_RECORDS else 1
+        row_blocks = 2 if fits and n_records >= MANY_RECORDS else 1
         return Tile(128, chunk, n_warpgroups=2, row_blocks=row_blocks, consumer_registers=232)
-    tokens = 256 if records * -(-n_tokens // 256) >= _FEW_RECORDS else 128
+    tokens = 256 if n_records * -(-n_tokens // 256) >= FEW_RECORDS else 128
     return Tile(tokens, chunk, n_warpgroups=2, row_blocks=1, consumer_registers=232)
 
 
@@ -330,14 +329,12 @@ def _run_sm90(activations: PackedActivations, weight: PackedWeight, out: torch.T
 
 
 def _tile_for(activations: PackedActivations, weight: PackedWeight, out_dtype: torch.dtype) -> Tile:
-    n_panels, n_slots, _ = weight.records.shape
     return choose_tile(
         activations.n_tokens,
-        n_panels,
-        n_slots,
         weight.group_size,
-        progressive=weight.is_progressive,
+        weight.is_progressive,
         token_base=activations.has_base_scales,
+        n_records=weight.records.shape[0] * weight.records.shape[1],
         out_dtype=out_dtype,
     )
 

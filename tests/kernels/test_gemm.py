@@ -38,6 +38,7 @@ TILES = [
     Tile(128, 64, 2, 1, 232),
     Tile(128, 64, 2, 2, 232),
     Tile(256, 64, 2, 1, 232),
+    Tile(256, 32, 2, 1, 232),
 ]
 
 
@@ -235,15 +236,14 @@ def test_hopper_templates_compile_to_wgmma_without_spills(group_size, scale_byte
         tiles = {
             gemm.choose_tile(
                 n_tokens,
-                n_panels,
-                64,
                 group_size,
-                progressive=scale_bytes == 1,
+                scale_bytes == 1,
                 token_base=token_base,
+                n_records=n_records,
                 out_dtype=out_dtype,
             )
             for n_tokens in (8, 16, 32, 64, 128, 1000)
-            for n_panels in (32, 448)
+            for n_records in (1, gemm.MANY_RECORDS)
         }
         for tile in tiles:
             defines = gemm.sm90_defines(tile, group_size, scale_bytes, token_base, out_dtype)
@@ -311,6 +311,8 @@ def test_the_default_engine_follows_device_and_operands():
 MODES = list(itertools.product((False, True), repeat=2))  # progressive weights, progressive activations
 TEMPLATES = [
     *((Engine.WGMMA_INT8, mode, tile) for mode in MODES for tile in TILES),
+    (Engine.WGMMA_INT8, (True, True), Tile(128, 128, 2, 2, 232)),
+    (Engine.WGMMA_INT8, (True, True), Tile(256, 128, 2, 1, 232)),
     *((Engine.MMA_INT8, mode, None) for mode in MODES),
     (Engine.MMA_INT4, (False, False), None),
 ]
