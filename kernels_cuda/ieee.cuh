@@ -29,6 +29,28 @@ __device__ __forceinline__ float div(float a, float b) {
     return result;
 }
 
+__device__ __forceinline__ float fma(float a, float b, float c) {
+    float result;
+    asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(result) : "f"(a), "f"(b), "f"(c));
+    return result;
+}
+
+// 1 / a.
+__device__ __forceinline__ float reciprocal(float a) {
+    float result;
+    asm("rcp.rn.f32 %0, %1;" : "=f"(result) : "f"(a));
+    return result;
+}
+
+// max(largest, |a|)
+__device__ __forceinline__ float max_magnitude(float largest, float a) {
+    float result;
+    asm("{\n.reg .f32 magnitude;\nabs.f32 magnitude, %2;\nmax.f32 %0, %1, magnitude;\n}"
+        : "=f"(result)
+        : "f"(largest), "f"(a));
+    return result;
+}
+
 // To the nearest integer, a tie to the even one.
 __device__ __forceinline__ float rint(float a) {
     float result;

@@ -1,5 +1,5 @@
-// quantize_act: activations to INT4 codes per token and group, the outlier channels to INT8, in the layout that the
-// GEMM kernels read (gemm_layout.cuh). Per token, all in float32:
+// quantize_act: activations to INT4 codes per token and group, the outlier channels to INT8, in the layout that
+// the GEMM kernels read (gemm_layout.cuh). Per token, all in float32:
 //
 //   y = prologue(x)      PROLOGUE 0 x | 1 RMSNorm | 2 LayerNorm | 3 SiLU(x) * up | 4 ReLU
 //   y = y[perm]          GATHER: the last n_outliers channels of the stored order are the outliers
@@ -11,79 +11,84 @@
 //   PROGRESSIVE: base = max over groups of scale / 16 per token, factor = progressive_factor() per group,
 //                scale = base * factor, and what is stored is code * factor (fits INT8)
 //
-//   input, up      ELEMENT [n_tokens, n_channels], input_stride and up_stride elements between rows; rows aligned
-//                  to LOAD_WIDTH elements (or up null)
+//   input, up      ELEMENT [n_tokens, n_channels], input_stride and up_stride elements between rows; rows and the
+//                  first outlier aligned to LOAD_WIDTH elements (or up null)
 //   slots          uint16 [n_slots + n_outlier_slots][128]: the channel at each place of the stored order, or
 //                  n_channels where there is none; GATHER only. 16-byte aligned
 //   norm_weight,   float32 [n_slots + n_outlier_slots][128], in the stored order, 0 where there is no channel;
 //   norm_bias      prologues 1 and 2 only, the bias 2 only. 16-byte aligned
-//   codes          PACKED 0: int8 [n_slots][Mp][128], Mp = n_tokens rounded up to 8, 16-byte chunk c of row m at
-//                  c ^ (m & 7), zeros where there is no channel or token.
-//                  PACKED 1: two codes a byte, low nibble = even channel: uint8 [n_slots][Mp][64], 16-byte chunk c
-//                  of row m at c ^ (m >> 1 & 3)
-//   outlier_codes  int8 [n_outlier_slots][Mp][128], swizzled like PACKED 0. Both 16-byte aligned
-//   scales         float32 [rows][Mp]: 128 / GROUP_SIZE rows per slot (PROGRESSIVE: one in all), then one for the
-//                  outliers if there are any
+//   codes          int8 [n_slots + n_outlier_slots][Mp][128], Mp = n_tokens rounded up to 8, 16-byte chunk c of
+//                  row m at c ^ (m & 7). 16-byte aligned
+//   token_scales   float32 [rows][Mp]: 128 / GROUP_SIZE rows per slot (PROGRESSIVE: one in all), then one for the
+//                  outliers. Codes and scales are 0 where there is no channel, group, outlier or token
 //
-// n_slots = ceil((n_channels - n_outliers) / 128), at least 1; n_outliers 0 to 256; with GATHER n_channels is at most
-// 65535.
+// n_slots = ceil((n_channels - n_outliers) / 128), at least 1; n_outliers 0 to 256; with GATHER n_channels is at
+// most 65535. clip_ratio from 0.01 to 1. n_slots * Mp below 2^28.
 //
-// Without the norms, codes and scales are bit for bit those of the torch twin as long as scale >= 2^-100: the quotient
-// comes from a reciprocal and two fused steps, which tests/kernels/test_quantize_act.py shows to round to the same
-// code as a division. The norms' sums and SiLU's exponential round in their own way.
+// Without the norms, codes and scales are bit for bit those of the torch twin for scales of at least 2^-100 (see
+// quotient() in int_codes.cuh). The norms' sums and SiLU's exponential round in their own way.
 //
-// Eight lanes hold one slot (16 channels each) of TOKENS tokens, a warp four neighbouring slots. GATHER: the CTA
-// first copies TOKENS whole rows to shared memory, the tokens of a channel side by side, so that one index and
-// one read serve them all. PROGRESSIVE walks over the row twice.
+// A warp makes eight slots of a token at a time, four lanes a slot; a lane holds two runs of 16 channels, run r of
+// lane l from channel 64 r + 16 l of the slot on. A CTA walks over tokens:
+//   - as they lie: a warp makes the same slots of each, the next token's loads on their way meanwhile;
+//   - STAGED, where channels are gathered or needed twice (norms, PROGRESSIVE): the row is copied to shared memory
+//     first, into one of N_BUFFERS, the next row meanwhile if there are two.
 //
-//   launch: grid (ceil(Mp / TOKENS), parts of a row), block 32 * N_WARPS; PROGRESSIVE: one part.
-//           dynamic shared memory, GATHER only: (n_channels rounded up to 8, + 8) * TOKENS * (PROLOGUE 3: 4, else
-//           the size of ELEMENT) bytes
+//   launch: grid (any number up to Mp, parts of a row), block up to 32 * MAX_WARPS, whole warps. Not STAGED: parts
+//           such that each warp has one octet of slots; PROGRESSIVE: one part. Dynamic shared memory, STAGED only:
+//           N_BUFFERS * (n_channels rounded up to 8, + 8) * bytes of an ELEMENT (prologue 3: 4 bytes)
 
 #if !defined(ELEMENT) || !defined(PROLOGUE) || !defined(GATHER) || !defined(HADAMARD) || !defined(GROUP_SIZE) || \
-    !defined(PROGRESSIVE) || !defined(PACKED) || !defined(TOKENS) || !defined(LOAD_WIDTH) || !defined(N_WARPS)
+    !defined(PROGRESSIVE) || !defined(LOAD_WIDTH) || !defined(N_BUFFERS) || !defined(MAX_WARPS)
 #error "quantize_act.cu lacks one of its parameters"
 #endif
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "ieee.cuh"
+#include "gemm_sm80.cuh"
+#include "hadamard.cuh"
+#include "int_codes.cuh"
 
 namespace {
 
 enum Prologue { NONE, RMS_NORM, LAYER_NORM, SILU_MUL, RELU };
 
 constexpr int SLOT_CHANNELS = 128;
-constexpr int LANES = 8;  // of a slot
-constexpr int CHANNELS = SLOT_CHANNELS / LANES;
-constexpr int GROUPS = SLOT_CHANNELS / GROUP_SIZE;  // of a slot
-constexpr int GROUP_LANES = LANES / GROUPS;
+constexpr int LANES = 4;  // of a slot
+constexpr int RUNS = 2;   // of a lane
+constexpr int RUN_CHANNELS = SLOT_CHANNELS / LANES / RUNS;
 constexpr int SLOTS_PER_WARP = 32 / LANES;
-constexpr int THREADS = 32 * N_WARPS;
+constexpr int GROUPS = SLOT_CHANNELS / GROUP_SIZE;  // of a slot: one of both runs, or one of each run
+constexpr int LOADS = RUN_CHANNELS / LOAD_WIDTH;    // of a run
 constexpr bool HAS_NORM = PROLOGUE == RMS_NORM || PROLOGUE == LAYER_NORM;
-constexpr unsigned ALL = 0xffffffffu;
 constexpr float SMALLEST_NORMAL = 1.17549435e-38f;
-constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which the low byte then holds
+
+// 24 warps share an SM at 80 registers a thread, 16 where what is loaded ahead is wider (and on sm_120, whose
+// compiler needs more).
+constexpr bool IS_WIDE = sizeof(ELEMENT) == 4 || PROLOGUE == SILU_MUL || __CUDA_ARCH__ >= 1000;
+constexpr int MIN_CTAS = (IS_WIDE ? 16 : 24) / MAX_WARPS;
 
 static_assert(GROUP_SIZE == 64 || GROUP_SIZE == 128, "groups of 64 or 128 channels");
-static_assert(TOKENS == 1 || TOKENS == 2 || TOKENS == 4, "tokens of a CTA");
-static_assert(CHANNELS % LOAD_WIDTH == 0 && LOAD_WIDTH * sizeof(ELEMENT) <= 16, "a load has at most 16 bytes");
-static_assert(!(PROGRESSIVE && PACKED), "progressive operands are INT8");
+static_assert(RUN_CHANNELS % LOAD_WIDTH == 0 && LOAD_WIDTH * sizeof(ELEMENT) <= 16, "at most 16 bytes a load");
 
-template <typename T, int N>
-struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vector {
-    T items[N];
-};
+#define STAGED (GATHER || PROGRESSIVE || PROLOGUE == 1 || PROLOGUE == 2)
 
-// What a row in shared memory holds of a channel: the tokens side by side.
 #if PROLOGUE == 3
 using Staged = float;
 #else
 using Staged = ELEMENT;
 #endif
-using Column = Vector<Staged, TOKENS>;
-using Loaded = Vector<Staged, LOAD_WIDTH>;
+using Loaded = Vector<ELEMENT, LOAD_WIDTH>;
+using Values = float[RUNS][RUN_CHANNELS];
+
+// What was loaded, in words: where it stays zero, that costs a word each and not an element.
+struct Raw {
+    Vector<unsigned, (sizeof(Loaded) + 3) / 4> input;
+#if PROLOGUE == 3
+    Vector<unsigned, (sizeof(Loaded) + 3) / 4> up;
+#endif
+};
 
 struct Problem {
     const ELEMENT* input;
@@ -91,382 +96,470 @@ struct Problem {
     const unsigned short* slots;
     const float* norm_weight;
     const float* norm_bias;
-    int n_tokens, n_channels, n_normal, n_outliers, n_slots, n_outlier_slots, first_token;
+    uint4* codes;
+    float* token_scales;
     long long input_stride, up_stride;
+    int n_tokens, padded_tokens, n_channels, n_normal, n_slots, n_outlier_slots;
+    float clip_ratio;
+
+    // Slots in the order of the warps. Two outlier slots lie side by side in one warp: they share a scale.
+    __device__ int first_outlier() const { return n_outlier_slots == 2 ? (n_slots + 1) / 2 * 2 : n_slots; }
 };
 
 struct Moments {
     float mean, inverse;  // LayerNorm's mean (0 for RMSNorm) and 1 / the root of the mean square
 };
 
-// Where a group of eight lanes works.
+// Where four lanes work. Past the last slot they do the first one over again and store nothing.
 struct Place {
     int slot;  // among the normal slots or among the outlier slots
-    int lane;  // 0..7
+    int lane;  // 0..3
     bool is_outlier, exists;
 
-    // Two outlier slots lie in one warp, side by side: they share a scale.
-    __device__ Place(const Problem& p, int quad) {
-        const int number = quad * SLOTS_PER_WARP + threadIdx.x % 32 / LANES;
-        const int first_outlier = p.n_outlier_slots == 2 ? (p.n_slots + 1) / 2 * 2 : p.n_slots;
+    __device__ Place(const Problem& p, int octet) {
+        const int number = octet * SLOTS_PER_WARP + threadIdx.x % 32 / LANES;
         lane = threadIdx.x % LANES;
-        is_outlier = number >= first_outlier;
-        slot = is_outlier ? number - first_outlier : number;
+        is_outlier = number >= p.first_outlier();
+        slot = is_outlier ? number - p.first_outlier() : number;
         exists = slot < (is_outlier ? p.n_outlier_slots : p.n_slots);
+        if (!exists) slot = 0, is_outlier = false;
     }
 
-    // Of the lane's first channel, in the stored order with every slot filled up.
-    __device__ int position(const Problem& p) const {
-        return ((is_outlier ? p.n_slots : 0) + slot) * SLOT_CHANNELS + lane * CHANNELS;
-    }
+    // Among all slots.
+    __device__ int slot_number(const Problem& p) const { return (is_outlier ? p.n_slots : 0) + slot; }
 
-    // Channels of the lane's group; not above 0 where a slot's second group is empty.
-    __device__ int group_width(const Problem& p) const {
-        return min(GROUP_SIZE, p.n_normal - slot * SLOT_CHANNELS - lane / GROUP_LANES * GROUP_SIZE);
+    // Channels before the first one of a run, in its slot.
+    __device__ int offset(int run) const { return run * (SLOT_CHANNELS / RUNS) + lane * RUN_CHANNELS; }
+
+    // Channels of group `group` of the slot; not above 0 where it is empty.
+    __device__ int group_width(const Problem& p, int group) const {
+        return min(GROUP_SIZE, p.n_normal - slot * SLOT_CHANNELS - group * GROUP_SIZE);
     }
 };
 
-// LOAD_WIDTH channels of a token from `channel` on, after SiLU * up but before all else; zeros past the last token.
-__device__ __forceinline__ Loaded load(const Problem& p, int token, int channel) {
-    Vector<ELEMENT, LOAD_WIDTH> input = {};
-    if (p.first_token + token >= p.n_tokens) return {};
-    const long long row = p.first_token + token;
-    input = *reinterpret_cast<const Vector<ELEMENT, LOAD_WIDTH>*>(p.input + row * p.input_stride + channel);
+// LOAD_WIDTH channels of a token as they lie; past the last token, that one's: what comes of them is not stored.
+__device__ __forceinline__ Raw load(const Problem& p, int token, int channel) {
+    const long long row = min(token, p.n_tokens - 1);
+    Raw raw;
+    reinterpret_cast<Loaded&>(raw.input) = *reinterpret_cast<const Loaded*>(p.input + row * p.input_stride + channel);
 #if PROLOGUE == 3
-    const auto up = *reinterpret_cast<const Vector<ELEMENT, LOAD_WIDTH>*>(p.up + row * p.up_stride + channel);
-    Loaded product;
-#pragma unroll
-    for (int i = 0; i < LOAD_WIDTH; ++i) {
-        const float x = static_cast<float>(input.items[i]);
-        product.items[i] = __fdividef(x, 1.0f + expf(-x)) * static_cast<float>(up.items[i]);
-    }
-    return product;
+    reinterpret_cast<Loaded&>(raw.up) = *reinterpret_cast<const Loaded*>(p.up + row * p.up_stride + channel);
+#endif
+    return raw;
+}
+
+// Element i of what was loaded, after SiLU * up but before all else.
+__device__ __forceinline__ float value_of(const Raw& raw, int i) {
+    const float x = static_cast<float>(reinterpret_cast<const Loaded&>(raw.input).items[i]);
+#if PROLOGUE == 3
+    return __fdividef(x, 1.0f + expf(-x)) * static_cast<float>(reinterpret_cast<const Loaded&>(raw.up).items[i]);
 #else
-    return input;
+    return x;
 #endif
 }
 
-// Sums over the CTA, one per token, for every thread.
-__device__ __forceinline__ void sum_over_cta(float (&sums)[TOKENS]) {
-    __shared__ float partial[N_WARPS][TOKENS];
+// Starts the copy of a token's row to shared memory, a zero after its last channel.
+__device__ __forceinline__ void start_staging(const Problem& p, int token, Staged* staged) {
+    constexpr bool ASYNC = PROLOGUE != SILU_MUL && LOAD_WIDTH * sizeof(ELEMENT) == 16;
+    const ELEMENT* row = p.input + min(token, p.n_tokens - 1) * p.input_stride;
+    for (int channel = threadIdx.x * LOAD_WIDTH; channel < p.n_channels; channel += blockDim.x * LOAD_WIDTH) {
+        if (ASYNC) {
+            copy_async(staged + channel, row + channel);
+        } else {
+            const Raw raw = load(p, token, channel);
 #pragma unroll
-    for (int t = 0; t < TOKENS; ++t) {
-#pragma unroll
-        for (int step = 16; step; step /= 2) sums[t] += __shfl_xor_sync(ALL, sums[t], step);
-        if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32][t] = sums[t];
+            for (int i = 0; i < LOAD_WIDTH; ++i) staged[channel + i] = static_cast<Staged>(value_of(raw, i));
+        }
     }
-    __syncthreads();
-#pragma unroll
-    for (int t = 0; t < TOKENS; ++t) {
-        sums[t] = 0.0f;
-        for (int warp = 0; warp < N_WARPS; ++warp) sums[t] += partial[warp][t];
-    }
-    __syncthreads();
+    if (threadIdx.x == 0) staged[p.n_channels] = static_cast<Staged>(0.0f);
 }
 
-// Calls visit(token, value) for all of the CTA's tokens and the thread's share of their channels.
-template <typename Visit>
-__device__ __forceinline__ void visit_rows(const Problem& p, Visit visit) {
-    for (int channel = threadIdx.x * LOAD_WIDTH; channel < p.n_channels; channel += THREADS * LOAD_WIDTH) {
+__device__ __forceinline__ float sum_over_cta(float sum) {
+    __shared__ float partial[MAX_WARPS];
 #pragma unroll
-        for (int t = 0; t < TOKENS; ++t) {
-            const Loaded values = load(p, t, channel);
+    for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, step);
+    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = sum;
+    __syncthreads();
+    sum = 0.0f;
+    for (int warp = 0; warp < blockDim.x / 32; ++warp) sum += partial[warp];
+    __syncthreads();
+    return sum;
+}
+
+// The mean of function(value) over the staged row.
+template <typename Function>
+__device__ __forceinline__ float mean_over_row(const Problem& p, const Staged* staged, Function function) {
+    float sum = 0.0f;
+    for (int channel = threadIdx.x * LOAD_WIDTH; channel < p.n_channels; channel += blockDim.x * LOAD_WIDTH) {
 #pragma unroll
-            for (int i = 0; i < LOAD_WIDTH; ++i) visit(t, static_cast<float>(values.items[i]));
+        for (int i = 0; i < LOAD_WIDTH; ++i) sum += function(static_cast<float>(staged[channel + i]));
+    }
+    return sum_over_cta(sum) / p.n_channels;
+}
+
+__device__ __forceinline__ Moments find_moments(const Problem& p, const Staged* staged, float epsilon) {
+    float mean = 0.0f;
+    if (PROLOGUE == LAYER_NORM) mean = mean_over_row(p, staged, [](float x) { return x; });
+    const float square = mean_over_row(p, staged, [mean](float x) { return (x - mean) * (x - mean); });
+    return {mean, ieee::reciprocal(sqrtf(square + epsilon))};
+}
+
+// Where the lane's channels lie in the row, GATHER only. Zeros' place where there is no channel.
+struct Sources {
+    Vector<unsigned, RUN_CHANNELS / 2> pairs[RUNS];
+
+    __device__ Sources(const Problem& p, const Place& place) {
+        if (!GATHER) return;
+#pragma unroll
+        for (int run = 0; run < RUNS; ++run) {
+            const int position = place.slot_number(p) * SLOT_CHANNELS + place.offset(run);
+            pairs[run] = *reinterpret_cast<const Vector<unsigned, RUN_CHANNELS / 2>*>(p.slots + position);
+        }
+    }
+
+    __device__ unsigned channel(int run, int i) const {
+        const unsigned pair = pairs[run].items[i / 2];
+        return i % 2 ? pair >> 16 : pair & 0xffffu;
+    }
+};
+
+// The lane's part of the row as it lies: where a run begins, and where it must end.
+struct Span {
+    int first[RUNS], end;
+
+    __device__ Span(const Problem& p, const Place& place) {
+        end = place.is_outlier ? p.n_channels : p.n_normal;
+#pragma unroll
+        for (int run = 0; run < RUNS; ++run) {
+            first[run] = (place.is_outlier ? p.n_normal : 0) + place.slot * SLOT_CHANNELS + place.offset(run);
+        }
+    }
+};
+
+using RawRuns = Raw[RUNS][LOADS];
+
+__device__ __forceinline__ void load_runs(const Problem& p, int token, const Span& span, RawRuns& raw) {
+#pragma unroll
+    for (int run = 0; run < RUNS; ++run) {
+#pragma unroll
+        for (int i = 0; i < LOADS; ++i) {
+            const int channel = span.first[run] + i * LOAD_WIDTH;
+            raw[run][i] = {};
+            if (channel < span.end) raw[run][i] = load(p, token, channel);
         }
     }
 }
 
-__device__ __forceinline__ void find_moments(const Problem& p, float epsilon, Moments (&moments)[TOKENS]) {
-    float sums[TOKENS] = {};
-    if (PROLOGUE == LAYER_NORM) {
-        visit_rows(p, [&](int t, float value) { sums[t] += value; });
-        sum_over_cta(sums);
-    }
+__device__ __forceinline__ void values_of(const RawRuns& raw, Values& values) {
 #pragma unroll
-    for (int t = 0; t < TOKENS; ++t) {
-        moments[t].mean = sums[t] / p.n_channels;
-        sums[t] = 0.0f;
-    }
-    visit_rows(p, [&](int t, float value) { sums[t] += (value - moments[t].mean) * (value - moments[t].mean); });
-    sum_over_cta(sums);
+    for (int run = 0; run < RUNS; ++run) {
 #pragma unroll
-    for (int t = 0; t < TOKENS; ++t) {
-        moments[t].inverse = ieee::div(1.0f, sqrtf(sums[t] / p.n_channels + epsilon));
+        for (int i = 0; i < RUN_CHANNELS; ++i) values[run][i] = value_of(raw[run][i / LOAD_WIDTH], i % LOAD_WIDTH);
     }
 }
 
-// Copies the CTA's rows to shared memory, and a column of zeros after the last channel.
-__device__ __forceinline__ void stage_rows(const Problem& p, Column* staged) {
-    for (int channel = threadIdx.x * LOAD_WIDTH; channel < p.n_channels; channel += THREADS * LOAD_WIDTH) {
-        Vector<Staged, LOAD_WIDTH * TOKENS> columns;
-#pragma unroll
-        for (int t = 0; t < TOKENS; ++t) {
-            const Loaded values = load(p, t, channel);
-#pragma unroll
-            for (int i = 0; i < LOAD_WIDTH; ++i) columns.items[i * TOKENS + t] = values.items[i];
-        }
-        *reinterpret_cast<Vector<Staged, LOAD_WIDTH * TOKENS>*>(staged + channel) = columns;
-    }
-    if (threadIdx.x == 0) staged[p.n_channels] = {};
-    __syncthreads();
-}
-
-// The lane's 16 channels of every token before the transform; zeros where there is no channel.
-__device__ __forceinline__ void fetch(const Problem& p, const Place& place, const Column* staged,
-                                      const Moments (&moments)[TOKENS], float (&values)[TOKENS][CHANNELS]) {
-#pragma unroll
-    for (int t = 0; t < TOKENS; ++t) {
-#pragma unroll
-        for (int i = 0; i < CHANNELS; ++i) values[t][i] = 0.0f;
-    }
-    if (!place.exists) return;
-    const int position = place.position(p);
+// The lane's channels from the staged row; zeros where there is none.
+__device__ __forceinline__ void fetch(const Problem& p, const Place& place, const Sources& sources,
+                                      const Staged* staged, Values& values) {
 #if GATHER
-    const auto slots = *reinterpret_cast<const Vector<unsigned short, CHANNELS>*>(p.slots + position);
 #pragma unroll
-    for (int i = 0; i < CHANNELS; ++i) {
-        const Column column = staged[slots.items[i]];
+    for (int run = 0; run < RUNS; ++run) {
 #pragma unroll
-        for (int t = 0; t < TOKENS; ++t) values[t][i] = static_cast<float>(column.items[t]);
+        for (int i = 0; i < RUN_CHANNELS; ++i) values[run][i] = static_cast<float>(staged[sources.channel(run, i)]);
     }
 #else
-    const int gap = place.is_outlier ? p.n_slots * SLOT_CHANNELS - p.n_normal : 0;
-    const int first = position - gap, end = place.is_outlier ? p.n_channels : p.n_normal;
+    const Span span(p, place);
 #pragma unroll
-    for (int i = 0; i < CHANNELS; i += LOAD_WIDTH) {
-        if (first + i >= end) continue;
+    for (int run = 0; run < RUNS; ++run) {
 #pragma unroll
-        for (int t = 0; t < TOKENS; ++t) {
-            const Loaded loaded = load(p, t, first + i);
+        for (int i = 0; i < RUN_CHANNELS; i += LOAD_WIDTH) {
+            Vector<Staged, LOAD_WIDTH> loaded = {};
+            const int channel = span.first[run] + i;
+            if (channel < span.end) loaded = *reinterpret_cast<const Vector<Staged, LOAD_WIDTH>*>(staged + channel);
 #pragma unroll
-            for (int j = 0; j < LOAD_WIDTH; ++j) values[t][i + j] = static_cast<float>(loaded.items[j]);
+            for (int j = 0; j < LOAD_WIDTH; ++j) values[run][i + j] = static_cast<float>(loaded.items[j]);
         }
     }
 #endif
-    if (PROLOGUE == RELU) {
+}
+
+// The largest power of two that divides the group's width; 1 where nothing is to be transformed.
+__device__ __forceinline__ int block_size(const Problem& p, const Place& place, int group) {
+    const int width = place.group_width(p, group);
+    return place.is_outlier || width <= 0 ? 1 : width & -width;
+}
+
+template <bool WHOLE>
+__device__ __forceinline__ void transform(const Problem& p, const Place& place, Values& values) {
 #pragma unroll
-        for (int t = 0; t < TOKENS; ++t) {
+    for (int run = 0; run < RUNS; ++run) {
+        const int size = WHOLE ? GROUP_SIZE : block_size(p, place, run % GROUPS);
+        butterflies<WHOLE, LANES>(values[run], size);
+        if (run == 1 && GROUP_SIZE == 128 && size == 128) {
 #pragma unroll
-            for (int i = 0; i < CHANNELS; ++i) values[t][i] = fmaxf(values[t][i], 0.0f);
+            for (int i = 0; i < RUN_CHANNELS; ++i) {
+                const float low = values[0][i], high = values[1][i];
+                values[0][i] = ieee::add(low, high);
+                values[1][i] = ieee::sub(low, high);
+            }
         }
     }
-    if constexpr (HAS_NORM) {
 #pragma unroll
-        for (int i = 0; i < CHANNELS; i += 4) {
-            const auto weight = *reinterpret_cast<const Vector<float, 4>*>(p.norm_weight + position + i);
-            Vector<float, 4> bias = {};
-            if (PROLOGUE == LAYER_NORM) bias = *reinterpret_cast<const Vector<float, 4>*>(p.norm_bias + position + i);
+    for (int run = 0; run < RUNS; ++run) {
+        const float factor = orthogonal_factor(WHOLE ? GROUP_SIZE : block_size(p, place, run % GROUPS));
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
+        for (int i = 0; i < RUN_CHANNELS; ++i) values[run][i] = ieee::mul(values[run][i], factor);
+    }
+}
+
+__device__ __forceinline__ void transform_groups(const Problem& p, const Place& place, Values& values) {
+    const bool is_whole = block_size(p, place, 0) == GROUP_SIZE && block_size(p, place, GROUPS - 1) == GROUP_SIZE;
+    if (__all_sync(ALL_LANES, is_whole)) {
+        transform<true>(p, place, values);
+    } else {
+        transform<false>(p, place, values);
+    }
+}
+
+// What comes between the channels' values and their codes: ReLU or a norm, and the transform.
+__device__ __forceinline__ void prepare(const Problem& p, const Place& place, const Moments& moments, Values& values) {
 #pragma unroll
-                for (int t = 0; t < TOKENS; ++t) {
-                    const float centred = PROLOGUE == LAYER_NORM ? values[t][i + j] - moments[t].mean : values[t][i + j];
-                    values[t][i + j] = centred * moments[t].inverse * weight.items[j] + bias.items[j];
+    for (int run = 0; run < RUNS; ++run) {
+        if (PROLOGUE == RELU) {
+#pragma unroll
+            for (int i = 0; i < RUN_CHANNELS; ++i) values[run][i] = fmaxf(values[run][i], 0.0f);
+        }
+        if constexpr (HAS_NORM) {
+            const int position = place.slot_number(p) * SLOT_CHANNELS + place.offset(run);
+#pragma unroll
+            for (int i = 0; i < RUN_CHANNELS; i += 4) {
+                const auto weight = *reinterpret_cast<const Vector<float, 4>*>(p.norm_weight + position + i);
+                Vector<float, 4> bias = {};
+                if (PROLOGUE == LAYER_NORM) {
+                    bias = *reinterpret_cast<const Vector<float, 4>*>(p.norm_bias + position + i);
+                }
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    float& value = values[run][i + j];
+                    value = (value - moments.mean) * moments.inverse * weight.items[j] + bias.items[j];
                 }
             }
         }
     }
+    if (HADAMARD) transform_groups(p, place, values);
 }
 
-// The transform in blocks of `size`; EQUAL: every lane of the warp has size == GROUP_SIZE, known when compiled.
-template <bool EQUAL>
-__device__ __forceinline__ void transform(float (&values)[CHANNELS], int size) {
-    if (EQUAL) size = GROUP_SIZE;
+// Largest magnitude of each group of the slot, or of the token's outliers.
+__device__ __forceinline__ void find_largest(const Problem& p, const Place& place, const Values& values,
+                                             float (&largest)[GROUPS]) {
+    float of_run[RUNS];
 #pragma unroll
-    for (int step = 1; step < CHANNELS; step *= 2) {
-        if (step >= size) continue;
+    for (int run = 0; run < RUNS; ++run) {
+        of_run[run] = 0.0f;
 #pragma unroll
-        for (int i = 0; i < CHANNELS; ++i) {
-            if (i & step) continue;
-            const float low = values[i], high = values[i + step];
-            values[i] = low + high;
-            values[i + step] = low - high;
-        }
+        for (int i = 0; i < RUN_CHANNELS; ++i) of_run[run] = ieee::max_magnitude(of_run[run], values[run][i]);
     }
+    const float of_both = ieee::max_magnitude(of_run[0], of_run[1]);
 #pragma unroll
-    for (int step = 1; step < GROUP_LANES; step *= 2) {
-        const float sign = threadIdx.x & step ? -1.0f : 1.0f;
+    for (int group = 0; group < GROUPS; ++group) {
+        float mine = GROUPS == 1 || place.is_outlier ? of_both : of_run[group];
 #pragma unroll
-        for (int i = 0; i < CHANNELS; ++i) {
-            const float other = __shfl_xor_sync(ALL, values[i], step);
-            const float sum = fmaf(values[i], sign, other);
-            values[i] = step * CHANNELS < size ? sum : values[i];
+        for (int step = 1; step < LANES; step *= 2) {
+            mine = ieee::max_magnitude(mine, __shfl_xor_sync(ALL_LANES, mine, step));
         }
-    }
-    // 1/sqrt(2^e), rounded: exact for even e, else that of 1/sqrt(2) over a power of two.
-    const int exponent = __ffs(size) - 1;
-    const float power = __int_as_float((127 - exponent / 2) << 23);
-    const float norm = exponent % 2 ? 0.70710678118654752f * power : power;
-#pragma unroll
-    for (int i = 0; i < CHANNELS; ++i) values[i] = ieee::mul(values[i], norm);
-}
-
-__device__ __forceinline__ void transform_groups(const Problem& p, const Place& place,
-                                                 float (&values)[TOKENS][CHANNELS]) {
-    const int width = place.group_width(p);
-    const int size = place.is_outlier || width <= 0 ? 1 : width & -width;
-    const bool is_equal = __all_sync(ALL, size == GROUP_SIZE);
-#pragma unroll
-    for (int t = 0; t < TOKENS; ++t) {
-        if (is_equal) {
-            transform<true>(values[t], size);
-        } else {
-            transform<false>(values[t], size);
-        }
+        const float neighbour = __shfl_xor_sync(ALL_LANES, mine, LANES);
+        largest[group] = place.is_outlier && p.n_outlier_slots == 2 ? ieee::max_magnitude(mine, neighbour) : mine;
     }
 }
 
-// Largest magnitude of the lane's group, or of the token's outliers.
-__device__ __forceinline__ float largest_magnitude(const Problem& p, const Place& place,
-                                                   const float (&values)[CHANNELS]) {
-    float largest = 0.0f;
-#pragma unroll
-    for (int i = 0; i < CHANNELS; ++i) largest = fmaxf(largest, fabsf(values[i]));
-#pragma unroll
-    for (int step = 1; step < LANES; step *= 2) {
-        const float other = __shfl_xor_sync(ALL, largest, step);
-        if (step < GROUP_LANES || place.is_outlier) largest = fmaxf(largest, other);
-    }
-    const float other = __shfl_xor_sync(ALL, largest, LANES);
-    return place.is_outlier && p.n_outlier_slots == 2 ? fmaxf(largest, other) : largest;
+__device__ __forceinline__ float normal_scale(const Problem& p, float largest) {
+    return divide_by<7>(ieee::mul(largest, p.clip_ratio));
 }
 
 __device__ __forceinline__ float one_if_zero(float scale) { return scale >= SMALLEST_NORMAL ? scale : 1.0f; }
 
 // The rule of progressive scales: rounded up, so that nothing is clipped more. A zero group has factor 1.
-__device__ __forceinline__ float progressive_factor(float scale, float base) {
-    if (scale < SMALLEST_NORMAL) return 1.0f;
-    return ieee::clamp(ceilf(ieee::div(scale, base)), 1.0f, 16.0f);
+__device__ __forceinline__ int progressive_factor(float scale, float base) {
+    if (scale < SMALLEST_NORMAL) return 1;
+    return static_cast<int>(ieee::clamp(ceilf(ieee::div(scale, base)), 1.0f, 16.0f));
 }
 
-// Four codes in a word, times `factor` where progressive. The quotient is x * (1/scale), corrected once by its
-// exact remainder.
-__device__ __forceinline__ unsigned encode(const float* values, float scale, float inverse, float low, float high,
-                                           float factor) {
-    unsigned word = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const float estimate = ieee::mul(values[i], inverse);
-        const float quotient = fmaf(fmaf(-estimate, scale, values[i]), inverse, estimate);
-        float code = ieee::add(ieee::clamp(quotient, low, high), MAGIC);
-        if (PROGRESSIVE) code = fmaf(ieee::sub(code, MAGIC), factor, MAGIC);
-        word |= (__float_as_uint(code) & 0xffu) << (8 * i);
+// How the codes of a group are made.
+struct Coder {
+    float scale, inverse, factor;
+    unsigned low, high;  // bounds of code * factor, twice in a word of two 16-bit numbers
+
+    __device__ Coder(const Problem& p, const Place& place, float largest, float base) {
+        int lowest = -8, highest = 7, integer_factor = 1;
+        if (place.is_outlier) {
+            scale = one_if_zero(divide_by<127>(largest));
+            lowest = -128;
+            highest = 127;
+        } else if (PROGRESSIVE) {
+            integer_factor = progressive_factor(normal_scale(p, largest), base);
+            scale = ieee::mul(base, static_cast<float>(integer_factor));
+        } else {
+            scale = one_if_zero(normal_scale(p, largest));
+        }
+        inverse = ieee::reciprocal(scale);
+        factor = static_cast<float>(integer_factor);
+        low = (lowest * integer_factor & 0xffff) * 0x10001u;
+        high = (highest * integer_factor & 0xffff) * 0x10001u;
     }
-    return word;
-}
 
-// Two words of four nibbles in the low halves of their bytes to one word of eight.
-__device__ __forceinline__ unsigned pack_nibbles(unsigned low, unsigned high) {
-    low = (low & 0x000f000fu) | (low >> 4 & 0x00f000f0u);
-    high = (high & 0x000f000fu) | (high >> 4 & 0x00f000f0u);
-    return __byte_perm(low, high, 0x6420);
+    // 16 operands: codes, times the factor where progressive.
+    __device__ uint4 encode(const float (&values)[RUN_CHANNELS]) const {
+        unsigned words[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            unsigned pairs[2];
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                float codes[2];
+#pragma unroll
+                for (int k = 0; k < 2; ++k) {
+                    codes[k] = ieee::add(quotient(values[4 * i + 2 * j + k], scale, inverse), ROUNDER);
+                    if (PROGRESSIVE) codes[k] = ieee::fma(ieee::sub(codes[k], ROUNDER), factor, ROUNDER);
+                }
+                // Fewer than 2^15 in magnitude, so the low halves hold them whole.
+                pairs[j] = __byte_perm(__float_as_uint(codes[0]), __float_as_uint(codes[1]), 0x5410);
+                pairs[j] = __vmins2(__vmaxs2(pairs[j], low), high);
+            }
+            words[i] = __byte_perm(pairs[0], pairs[1], 0x6420);
+        }
+        return make_uint4(words[0], words[1], words[2], words[3]);
+    }
+};
+
+// The codes and scales of the lane's channels, zeros past the last token.
+__device__ __forceinline__ void store(const Problem& p, const Place& place, int token, const Values& values,
+                                      const float (&largest)[GROUPS], float base) {
+    const bool is_token = token < p.n_tokens;
+#pragma unroll
+    for (int group = 0; group < GROUPS; ++group) {
+        const Coder coder(p, place, largest[group], base);
+        if (place.exists && place.lane == 0) {
+            int row = -1;
+            if (place.is_outlier) {
+                if (place.slot + group == 0) row = PROGRESSIVE ? 1 : p.n_slots * GROUPS;
+            } else if (!PROGRESSIVE) {
+                row = place.slot * GROUPS + group;
+            }
+            const bool is_group = place.is_outlier || place.group_width(p, group) > 0;
+            if (row >= 0) p.token_scales[row * p.padded_tokens + token] = is_token && is_group ? coder.scale : 0.0f;
+        }
+#pragma unroll
+        for (int run = group; run < RUNS; run += GROUPS) {
+            const uint4 words = is_token ? coder.encode(values[run]) : make_uint4(0, 0, 0, 0);
+            const unsigned row = place.slot_number(p) * p.padded_tokens + token;
+            if (place.exists) p.codes[row * 8 + ((run * LANES + place.lane) ^ (token & 7))] = words;
+        }
+    }
 }
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, MIN_CTAS)
 quantize_act(const ELEMENT* __restrict__ input, const ELEMENT* __restrict__ up,
              const unsigned short* __restrict__ slots, const float* __restrict__ norm_weight,
-             const float* __restrict__ norm_bias, unsigned char* __restrict__ codes,
-             unsigned char* __restrict__ outlier_codes, float* __restrict__ scales, int n_tokens, int n_channels,
-             int n_outliers, int input_stride, int up_stride, float clip_ratio, float epsilon) {
-    const int n_normal = n_channels - n_outliers;
-    const Problem p = {
-        input,     up,
-        slots,     norm_weight,
-        norm_bias, n_tokens,
-        n_channels, n_normal,
-        n_outliers, (n_normal + SLOT_CHANNELS - 1) / SLOT_CHANNELS,
-        (n_outliers + SLOT_CHANNELS - 1) / SLOT_CHANNELS, static_cast<int>(blockIdx.x) * TOKENS,
-        input_stride, up_stride,
-    };
-    const int padded_tokens = (n_tokens + 7) / 8 * 8;
-    const int first_outlier = p.n_outlier_slots == 2 ? (p.n_slots + 1) / 2 * 2 : p.n_slots;
-    const int n_quads = (first_outlier + p.n_outlier_slots + SLOTS_PER_WARP - 1) / SLOTS_PER_WARP;
-    const int first_quad = blockIdx.y * N_WARPS + threadIdx.x / 32, quad_step = gridDim.y * N_WARPS;
+             const float* __restrict__ norm_bias, uint4* __restrict__ codes, float* __restrict__ token_scales,
+             int n_tokens, int n_channels, int n_outliers, int input_stride, int up_stride, float clip_ratio,
+             float epsilon) {
+    Problem p;
+    p.input = input;
+    p.up = up;
+    p.slots = slots;
+    p.norm_weight = norm_weight;
+    p.norm_bias = norm_bias;
+    p.codes = codes;
+    p.token_scales = token_scales;
+    p.input_stride = input_stride;
+    p.up_stride = up_stride;
+    p.n_tokens = n_tokens;
+    p.padded_tokens = (n_tokens + 7) / 8 * 8;
+    p.n_channels = n_channels;
+    p.n_normal = n_channels - n_outliers;
+    p.n_slots = (p.n_normal + SLOT_CHANNELS - 1) / SLOT_CHANNELS;
+    p.n_outlier_slots = (n_outliers + SLOT_CHANNELS - 1) / SLOT_CHANNELS;
+    p.clip_ratio = clip_ratio;
+    const int n_warps = blockDim.x / 32;
+    const int first_octet = blockIdx.y * n_warps + threadIdx.x / 32, octet_step = gridDim.y * n_warps;
+    const int n_octets = (p.first_outlier() + p.n_outlier_slots + SLOTS_PER_WARP - 1) / SLOTS_PER_WARP;
 
+    if (n_outliers == 0 && blockIdx.y == 0 && threadIdx.x == 0) {
+        float* row = token_scales + (PROGRESSIVE ? 1 : p.n_slots * GROUPS) * p.padded_tokens;
+        for (int token = blockIdx.x; token < p.padded_tokens; token += gridDim.x) row[token] = 0.0f;
+    }
+
+    Place place(p, first_octet);
+    Values values;
+    float largest[GROUPS];
+    float base = 1.0f;
+#if STAGED
     extern __shared__ uint4 dynamic_shared[];
-    Column* staged = reinterpret_cast<Column*>(dynamic_shared);
-    Moments moments[TOKENS];
-    if (HAS_NORM) find_moments(p, epsilon, moments);
-    if (GATHER) stage_rows(p, staged);
-
-    float values[TOKENS][CHANNELS];
-    float base[TOKENS];
+    Staged* buffer = reinterpret_cast<Staged*>(dynamic_shared);
+    const int buffer_size = (n_channels + 7) / 8 * 8 + 8;
+    const bool one_walk = n_octets <= octet_step;
+    Sources sources(p, place);
+    start_staging(p, blockIdx.x, buffer);
+    copy_commit();
+    for (int token = blockIdx.x, round = 0; token < p.padded_tokens; token += gridDim.x, ++round) {
+        const Staged* staged = buffer + (N_BUFFERS == 2 ? round % 2 * buffer_size : 0);
+        if (N_BUFFERS == 2 && token + gridDim.x < p.padded_tokens) {
+            start_staging(p, token + gridDim.x, buffer + (round + 1) % 2 * buffer_size);
+        }
+        copy_commit();
+        copy_wait<N_BUFFERS - 1>();
+        __syncthreads();
+        Moments moments = {};
+        if (HAS_NORM) moments = find_moments(p, staged, epsilon);
 #if PROGRESSIVE
-    __shared__ int largest_scale[TOKENS];  // as bits: positive floats and their bits have one order
-    if (threadIdx.x < TOKENS) largest_scale[threadIdx.x] = 0;
-    __syncthreads();
-    for (int quad = first_quad; quad < n_quads; quad += quad_step) {
-        const Place place(p, quad);
-        fetch(p, place, staged, moments, values);
-        if (HADAMARD) transform_groups(p, place, values);
-#pragma unroll
-        for (int t = 0; t < TOKENS; ++t) {
-            const float largest = largest_magnitude(p, place, values[t]);
-            const float scale = ieee::div(ieee::mul(largest, clip_ratio), 7.0f);
-            if (place.lane % GROUP_LANES == 0 && !place.is_outlier && scale >= SMALLEST_NORMAL) {
-                atomicMax(&largest_scale[t], __float_as_int(scale));
+        __shared__ int largest_scale;  // as bits: positive floats and their bits have one order
+        if (threadIdx.x == 0) largest_scale = 0;
+        __syncthreads();
+        for (int octet = first_octet; octet < n_octets; octet += octet_step) {
+            if (!one_walk) {
+                place = Place(p, octet);
+                sources = Sources(p, place);
+            }
+            fetch(p, place, sources, staged, values);
+            prepare(p, place, moments, values);
+            find_largest(p, place, values, largest);
+            const float scale = normal_scale(p, ieee::max_magnitude(largest[0], largest[GROUPS - 1]));
+            if (place.exists && place.lane == 0 && !place.is_outlier && scale >= SMALLEST_NORMAL) {
+                atomicMax(&largest_scale, __float_as_int(scale));
             }
         }
+        __syncthreads();
+        base = one_if_zero(ieee::mul(__int_as_float(largest_scale), 1.0f / 16.0f));
+        if (threadIdx.x == 0) token_scales[token] = token < n_tokens ? base : 0.0f;
+#endif
+        for (int octet = first_octet; octet < n_octets; octet += octet_step) {
+            if (!one_walk) {
+                place = Place(p, octet);
+                sources = Sources(p, place);
+            }
+            if (!PROGRESSIVE || !one_walk) {  // else the values of the first walk are still here
+                fetch(p, place, sources, staged, values);
+                prepare(p, place, moments, values);
+                find_largest(p, place, values, largest);
+            }
+            store(p, place, token, values, largest, base);
+        }
+        __syncthreads();
+        if (N_BUFFERS == 1 && token + gridDim.x < p.padded_tokens) start_staging(p, token + gridDim.x, buffer);
     }
-    __syncthreads();
-#pragma unroll
-    for (int t = 0; t < TOKENS; ++t) {
-        base[t] = one_if_zero(ieee::mul(__int_as_float(largest_scale[t]), 1.0f / 16.0f));
-        const int token = p.first_token + t;
-        if (threadIdx.x == 0 && token < padded_tokens) scales[token] = base[t];
+#else
+    if (first_octet >= n_octets) return;
+    const Span span(p, place);
+    RawRuns raw;
+    load_runs(p, blockIdx.x, span, raw);
+    for (int token = blockIdx.x; token < p.padded_tokens; token += gridDim.x) {
+        values_of(raw, values);
+        if (token + gridDim.x < p.padded_tokens) load_runs(p, token + gridDim.x, span, raw);
+        prepare(p, place, {}, values);
+        find_largest(p, place, values, largest);
+        store(p, place, token, values, largest, base);
     }
 #endif
-
-    for (int quad = first_quad; quad < n_quads; quad += quad_step) {
-        const Place place(p, quad);
-        if (!PROGRESSIVE || n_quads > quad_step) {  // else the values of the first walk are still here
-            fetch(p, place, staged, moments, values);
-            if (HADAMARD) transform_groups(p, place, values);
-        }
-#pragma unroll
-        for (int t = 0; t < TOKENS; ++t) {
-            const float largest = largest_magnitude(p, place, values[t]);
-            const int token = p.first_token + t;
-            float scale = ieee::div(place.is_outlier ? largest : ieee::mul(largest, clip_ratio),
-                                    place.is_outlier ? 127.0f : 7.0f);
-            float factor = 1.0f;
-            if (PROGRESSIVE && !place.is_outlier) {
-                factor = progressive_factor(scale, base[t]);
-                scale = ieee::mul(base[t], factor);
-            } else {
-                scale = one_if_zero(scale);
-            }
-            if (!place.exists || token >= padded_tokens) continue;
-
-            if (place.is_outlier) {
-                const int row = PROGRESSIVE ? 1 : p.n_slots * GROUPS;
-                if (place.lane == 0 && place.slot == 0) scales[static_cast<size_t>(row) * padded_tokens + token] = scale;
-            } else if (!PROGRESSIVE && place.lane % GROUP_LANES == 0) {
-                const int row = place.slot * GROUPS + place.lane / GROUP_LANES;
-                scales[static_cast<size_t>(row) * padded_tokens + token] = scale;
-            }
-
-            const float inverse = ieee::div(1.0f, scale);
-            const float low = place.is_outlier ? -128.0f : -8.0f, high = place.is_outlier ? 127.0f : 7.0f;
-            uint4 words;
-            words.x = encode(values[t], scale, inverse, low, high, factor);
-            words.y = encode(values[t] + 4, scale, inverse, low, high, factor);
-            words.z = encode(values[t] + 8, scale, inverse, low, high, factor);
-            words.w = encode(values[t] + 12, scale, inverse, low, high, factor);
-            const size_t row = static_cast<size_t>(place.slot) * padded_tokens + token;
-            const int chunk = place.lane ^ (token & 7);
-            if (place.is_outlier) {
-                *reinterpret_cast<uint4*>(outlier_codes + row * 128 + chunk * 16) = words;
-            } else if (PACKED) {
-                const int half_chunk = (place.lane / 2 ^ (token >> 1 & 3)) * 2 + place.lane % 2;
-                *reinterpret_cast<uint2*>(codes + row * 64 + half_chunk * 8) =
-                    make_uint2(pack_nibbles(words.x, words.y), pack_nibbles(words.z, words.w));
-            } else {
-                *reinterpret_cast<uint4*>(codes + row * 128 + chunk * 16) = words;
-            }
-        }
-    }
 }

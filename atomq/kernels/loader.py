@@ -43,6 +43,14 @@ class CompiledKernel:
     cubin: bytes = field(repr=False)
 
 
+@dataclass(frozen=True)
+class DeviceLimits:
+    """What launches are sized by: the number of SMs, and the shared memory that a CTA can have."""
+
+    n_sms: int
+    shared_bytes_of_cta: int
+
+
 @functools.cache
 def compile_kernel(name: str, **defines: int | str) -> Any:
     """Compile `kernels_cuda/<name>.cu` for the current CUDA device, with `-D<define>=<value>` each.
@@ -126,11 +134,28 @@ def launch(
     if shared_bytes > _STATIC_SHARED_LIMIT:
         kernel.max_dynamic_shared_size_bytes = shared_bytes
     stream = torch.cuda.current_stream(device)
-    with (
-        cupy.cuda.Device(stream.device_index),
-        cupy.cuda.ExternalStream(stream.cuda_stream, stream.device_index),
-    ):
+    with cupy.cuda.Device(stream.device_index), cupy.cuda.Stream.from_external(_Stream(stream)):
         kernel(grid, block, tuple(map(_as_parameter, arguments)), shared_mem=shared_bytes)
+
+
+class _Stream:
+    """A torch stream under CUDA's stream protocol, which CuPy takes."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.stream = stream
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.stream.cuda_stream
+
+
+@functools.cache
+def device_limits(device: torch.device) -> DeviceLimits:
+    """The limits of a CUDA device."""
+    attributes = _cupy().cuda.Device(device.index).attributes
+    return DeviceLimits(
+        n_sms=attributes["MultiProcessorCount"],
+        shared_bytes_of_cta=attributes["MaxSharedMemoryPerBlockOptin"],
+    )
 
 
 def _as_parameter(argument: Argument) -> np.generic | np.ndarray[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import numpy as np
@@ -92,7 +93,7 @@ def test_every_kernel_file_defines_the_function_of_its_name():
     for path in folder("kernels_cuda").glob("*.cu"):
         source = path.read_text(encoding="utf-8")
         assert source.count('extern "C"') == 1, path
-        assert f"\n{path.stem}(" in source, path
+        assert re.search(rf'extern "C" __global__ void [^;{{]*\b{path.stem}\(', source), path
 
 
 def test_arguments_are_passed_as_the_kernel_declares_them():
