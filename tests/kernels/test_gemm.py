@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from atomq.errors import KernelError
-from atomq.kernels import gemm, gemm_reference, repack
+from atomq.kernels import gemm, gemm_reference, gemm_tiles, repack
 from atomq.kernels.gemm import Engine, Tile, w4a4_gemm, w4a16_gemm
 from atomq.kernels.loader import ARCHITECTURES, compile_for
 from atomq.kernels.repack import CanonicalWeight, pack_activations, repack_weight
@@ -243,7 +243,7 @@ def test_hopper_templates_compile_to_wgmma_without_spills(group_size, scale_byte
                 out_dtype=out_dtype,
             )
             for n_tokens in (8, 16, 32, 64, 128, 1000)
-            for n_records in (1, gemm.MANY_RECORDS)
+            for n_records in (1, gemm_tiles.MANY_RECORDS)
         }
         for tile in tiles:
             defines = gemm.sm90_defines(tile, group_size, scale_bytes, token_base, out_dtype)
