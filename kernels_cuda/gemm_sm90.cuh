@@ -15,7 +15,9 @@ __device__ __forceinline__ void barrier_init_fence() {
 }
 
 // Orders this thread's ordinary writes to shared memory before later accesses of the copy engine.
-__device__ __forceinline__ void shared_writes_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void shared_writes_fence() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 
 // Predicated inside, since a branch while wgmma is in flight would serialize it.
 __device__ __forceinline__ void barrier_arrive_if(bool condition, unsigned barrier) {
@@ -39,15 +41,18 @@ __device__ __forceinline__ void barrier_wait(unsigned barrier, unsigned parity) 
         "@done bra DONE_%=;\n"
         "bra WAIT_%=;\n"
         "DONE_%=:\n"
-        "}\n" ::"r"(barrier), "r"(parity) : "memory");
+        "}\n" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
 }
 
 // Global to shared, 16-byte multiples; `barrier` counts the bytes.
-__device__ __forceinline__ void bulk_copy(unsigned destination, const void *source, unsigned bytes, unsigned barrier) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(destination),
-        "l"(source), "r"(bytes), "r"(barrier)
-        : "memory");
+__device__ __forceinline__ void bulk_copy(unsigned destination, const void *source, unsigned bytes,
+                                          unsigned barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     destination),
+                 "l"(source), "r"(bytes), "r"(barrier)
+                 : "memory");
 }
 
 // The same for data that is read once: it leaves the L2 cache first.
@@ -57,7 +62,8 @@ __device__ __forceinline__ void bulk_copy_once(unsigned destination, const void 
         "{\n"
         ".reg .b64 policy;\n"
         "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], policy;\n"
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1], %2, [%3], policy;\n"
         "}\n" ::"r"(destination),
         "l"(source), "r"(bytes), "r"(barrier)
         : "memory");
@@ -109,18 +115,20 @@ struct Wgmma;
 
 #define D4(o) "+r"(d[o]), "+r"(d[o + 1]), "+r"(d[o + 2]), "+r"(d[o + 3])
 #define D16(o) D4(o), D4(o + 4), D4(o + 8), D4(o + 12)
-#define WGMMA(TOKENS, LIST, A0, A1, A2, A3, DESC, PRED, ...)                                                      \
-    template <>                                                                                                       \
-    struct Wgmma<TOKENS> {                                                                                            \
-        static __device__ __forceinline__ void run(int (&d)[TOKENS / 2], const unsigned *a,                           \
-                                                   unsigned tile, int accumulate)    {                         \
-            asm volatile("{\n.reg .pred add;\n.reg .b64 descriptor;\nsetp.ne.b32 add, " PRED ", 0;\n"                \
-                         "mov.b64 descriptor, {" DESC ", 0x40000040};\n"                                             \
-                         "wgmma.mma_async.sync.aligned.m64n" #TOKENS "k32.s32.s8.s8 {" LIST "}, {" A0 ", " A1         \
-                         ", " A2 ", " A3 "}, descriptor, add;\n}\n"                                                   \
-                           : __VA_ARGS__                                                                                   \
-                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(tile), "r"(accumulate));                   \
-        }                                                                                                             \
+#define WGMMA(TOKENS, LIST, A0, A1, A2, A3, DESC, PRED, ...)                                                  \
+    template <>                                                                                               \
+    struct Wgmma<TOKENS> {                                                                                    \
+        static __device__ __forceinline__ void run(int (&d)[TOKENS / 2], const unsigned *a, unsigned tile,    \
+                                                   int accumulate) {                                          \
+            asm volatile("{\n.reg .pred add;\n.reg .b64 descriptor;\nsetp.ne.b32 add, " PRED                  \
+                         ", 0;\n"                                                                             \
+                         "mov.b64 descriptor, {" DESC                                                         \
+                         ", 0x40000040};\n"                                                                   \
+                         "wgmma.mma_async.sync.aligned.m64n" #TOKENS "k32.s32.s8.s8 {" LIST "}, {" A0 ", " A1 \
+                         ", " A2 ", " A3 "}, descriptor, add;\n}\n"                                           \
+                         : __VA_ARGS__                                                                        \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(tile), "r"(accumulate));           \
+        }                                                                                                     \
     }
 
 #define L4 "%0, %1, %2, %3"
@@ -128,8 +136,7 @@ struct Wgmma;
 #define L16 L8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define L32 L16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define L64                                                                                                           \
-    L32                                                                                                               \
-        ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
+    L32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
         "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 WGMMA(8, L4, "%4", "%5", "%6", "%7", "%8", "%9", D4(0));

@@ -44,7 +44,8 @@ struct Schedule {
 
     __device__ bool next(const Problem &p, Work &work) {
         while (slot < slot_end) {
-            const int stream_tile = slot / p.slots_per_stream_tile, begin = slot - stream_tile * p.slots_per_stream_tile;
+            const int stream_tile = slot / p.slots_per_stream_tile,
+                      begin = slot - stream_tile * p.slots_per_stream_tile;
             const int taken = min(slot_end - slot, p.slots_per_stream_tile - begin);
             slot += taken;
             work = {stream_tile, begin, min(begin + taken, p.n_slots + p.n_outlier_slots)};
@@ -87,7 +88,8 @@ __device__ bool join_pieces(const Problem &p, const Work &work, float *partials,
     // A CTA has at most two pieces: the end of one tile, then the beginning of another.
     auto piece = [&](int cta) {
         const bool begins_tile = cta * p.slots_per_cta <= tile_slot;
-        return reinterpret_cast<float4 *>(partials) + static_cast<size_t>(2 * cta + begins_tile) * VECTORS * CONSUMERS + threadIdx.x;
+        return reinterpret_cast<float4 *>(partials) +
+               static_cast<size_t>(2 * cta + begins_tile) * VECTORS * CONSUMERS + threadIdx.x;
     };
     float4 *mine = piece(blockIdx.x);
 #pragma unroll
@@ -120,8 +122,8 @@ __device__ bool join_pieces(const Problem &p, const Work &work, float *partials,
 
 // The tile's sums, times `unit`, plus bias, to out: transposed through shared memory to 16 bytes along the channels.
 template <typename Out>
-__device__ void store(const Problem &p, const Corner &corner, int warpgroup, unsigned char *buffer, const float *bias,
-                      typename Out::type *out, float unit, float (&total)[ROW_BLOCKS][SUMS]) {
+__device__ void store(const Problem &p, const Corner &corner, int warpgroup, unsigned char *buffer,
+                      const float *bias, typename Out::type *out, float unit, float (&total)[ROW_BLOCKS][SUMS]) {
     const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
 #pragma unroll
     for (int block = 0; block < ROW_BLOCKS; ++block) {
@@ -135,7 +137,8 @@ __device__ void store(const Problem &p, const Corner &corner, int warpgroup, uns
 #pragma unroll
             for (int i = 0; i < SUMS; ++i) {
                 const int m = corner.token + i / 4 * 8 + 2 * (lane & 3) + (i & 1), n = row + (i & 2 ? 8 : 0);
-                if (m < p.n_tokens && n < p.n_channels) out[static_cast<size_t>(m) * p.n_channels + n] = total[block][i];
+                if (m < p.n_tokens && n < p.n_channels)
+                    out[static_cast<size_t>(m) * p.n_channels + n] = total[block][i];
             }
         } else {
             const int valid = min(PANEL_ROWS, p.n_channels - panel * PANEL_ROWS);
@@ -148,13 +151,16 @@ __device__ void store(const Problem &p, const Corner &corner, int warpgroup, uns
 #pragma unroll
                 for (int j = 0; j < STORE_TOKENS / 8; j += 2) {
                     const float *x = &total[block][(part * STORE_TOKENS / 8 + j) * 4];
-                    const unsigned address = shared_address(buffer) + (8 * j + lane / 16 * 8 + lane % 8) * STORE_PITCH +
+                    const unsigned address = shared_address(buffer) +
+                                             (8 * j + lane / 16 * 8 + lane % 8) * STORE_PITCH +
                                              (warp * 16 + lane / 8 % 2 * 8) * 2;
                     if constexpr (STORE_TOKENS >= 16) {
-                        store_transposed(address, Out::pair(x[0], x[1]), Out::pair(x[2], x[3]), Out::pair(x[4], x[5]), Out::pair(x[6], x[7]));
+                        store_transposed(address, Out::pair(x[0], x[1]), Out::pair(x[2], x[3]),
+                                         Out::pair(x[4], x[5]), Out::pair(x[6], x[7]));
                     } else {  // lanes 16..31 give no address
-                        store_transposed(shared_address(buffer) + lane % 8 * STORE_PITCH + (warp * 16 + lane / 8 % 2 * 8) * 2,
-                                         Out::pair(x[0], x[1]), Out::pair(x[2], x[3]));
+                        store_transposed(
+                            shared_address(buffer) + lane % 8 * STORE_PITCH + (warp * 16 + lane / 8 % 2 * 8) * 2,
+                            Out::pair(x[0], x[1]), Out::pair(x[2], x[3]));
                     }
                 }
                 join_threads(2 + warpgroup, 128);
@@ -166,7 +172,8 @@ __device__ void store(const Problem &p, const Corner &corner, int warpgroup, uns
                     if (whole_vectors) {
                         *reinterpret_cast<uint4 *>(to) = *reinterpret_cast<const uint4 *>(from);
                     } else {
-                        for (int k = 0; k < min(8, valid - n); ++k) to[k] = reinterpret_cast<const typename Out::type *>(from)[k];
+                        for (int k = 0; k < min(8, valid - n); ++k)
+                            to[k] = reinterpret_cast<const typename Out::type *>(from)[k];
                     }
                 }
             }

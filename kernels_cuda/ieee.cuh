@@ -45,7 +45,9 @@ __device__ __forceinline__ float reciprocal(float a) {
 // max(largest, |a|)
 __device__ __forceinline__ float max_magnitude(float largest, float a) {
     float result;
-    asm("{\n.reg .f32 magnitude;\nabs.f32 magnitude, %2;\nmax.f32 %0, %1, magnitude;\n}" : "=f"(result) : "f"(largest), "f"(a));
+    asm("{\n.reg .f32 magnitude;\nabs.f32 magnitude, %2;\nmax.f32 %0, %1, magnitude;\n}"
+        : "=f"(result)
+        : "f"(largest), "f"(a));
     return result;
 }
 

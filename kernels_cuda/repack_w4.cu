@@ -1,7 +1,8 @@
 // Canonical checkpoint tensors of one linear -> the records of gemm_layout.cuh.
 //
 //   qweight         uint8 [N][ceil(INT4 inputs / 2)], two's complement nibbles, the low one the even input
-//   scales          float16, float32 (SCALE_BYTES 2, 4) or uint8 factors (PROGRESSIVE) [ceil(N / CHANNEL_GROUP)][groups]
+//   scales          float16, float32 (SCALE_BYTES 2, 4) or uint8 factors (PROGRESSIVE), [ceil(N / CHANNEL_GROUP)]
+//                   [groups]
 //   outlier_weight  int8 [N][n_outliers], may be null when n_outliers is 0
 //   records         uint8 [panels][slots][bytes], bytes as in Record; every byte is written, padding with zeros
 //                   (progressive: codes of value 0, factor 1)
@@ -29,8 +30,9 @@ using Scale = unsigned char;
 }  // namespace
 
 extern "C" __global__ void repack_w4(const unsigned char *__restrict__ qweight, const Scale *__restrict__ scales,
-                                     const signed char *__restrict__ outlier_weight, unsigned char *__restrict__ records,
-                                     int n_channels, int n_inputs, int n_slots, int n_outliers) {
+                                     const signed char *__restrict__ outlier_weight,
+                                     unsigned char *__restrict__ records, int n_channels, int n_inputs, int n_slots,
+                                     int n_outliers) {
     const int slot = blockIdx.x, thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     const int panel_row = blockIdx.y * PANEL_ROWS;
     const int n_groups = (n_inputs + GROUP_SIZE - 1) / GROUP_SIZE;
@@ -54,7 +56,9 @@ extern "C" __global__ void repack_w4(const unsigned char *__restrict__ qweight, 
                 } else {
                     const int outlier = (slot - n_slots) * 64 + half * 32 + input;
                     if (row < n_channels && outlier < n_outliers)
-                        word |= static_cast<unsigned>(static_cast<unsigned char>(outlier_weight[static_cast<size_t>(row) * n_outliers + outlier])) << 8 * b;
+                        word |= static_cast<unsigned>(static_cast<unsigned char>(
+                                    outlier_weight[static_cast<size_t>(row) * n_outliers + outlier]))
+                                << 8 * b;
                 }
             }
             reinterpret_cast<unsigned *>(record)[(half * 128 + thread) * 4 + r] = word;
@@ -63,8 +67,10 @@ extern "C" __global__ void repack_w4(const unsigned char *__restrict__ qweight, 
     Scale *record_scales = reinterpret_cast<Scale *>(record + CODE_BYTES);
     for (int i = thread; i < Weights::groups * PANEL_ROWS; i += 128) {
         const int pair = i % PANEL_ROWS / 2;  // warp * 8 + lane / 4
-        const int row = panel_row + pair / 8 * 16 + pair % 8 + i % 2 * 8, group = slot * Weights::groups + i / PANEL_ROWS;
+        const int row = panel_row + pair / 8 * 16 + pair % 8 + i % 2 * 8,
+                  group = slot * Weights::groups + i / PANEL_ROWS;
         const bool inside = row < n_channels && slot < n_slots && group < n_groups;
-        record_scales[i] = inside ? scales[static_cast<size_t>(row / CHANNEL_GROUP) * n_groups + group] : Scale(PROGRESSIVE);
+        record_scales[i] =
+            inside ? scales[static_cast<size_t>(row / CHANNEL_GROUP) * n_groups + group] : Scale(PROGRESSIVE);
     }
 }

@@ -12,11 +12,11 @@
 // registers of activations are packed into one the same way (K is only permuted, equally in A and B).
 //
 // Parameters: PROGRESSIVE 0/1 (weights), TOKEN_BASE 0/1 (progressive activations), GROUP_SIZE 64/128, SCALE_BYTES
-// (exact weights 2 or 4, progressive 1), OUT_DTYPE, TILE_TOKENS
-// 8..64, MMA_INT4 0/1 (exact scales and INT4 activations only; ALLOW_EMULATED_INT4 lets tests build it for sm_90).
-// Launch: grid (token tiles, ceil(panels / 2)), 256 threads, dynamic shared memory N_STAGES * STAGE_BYTES.
-#if !defined(PROGRESSIVE) || !defined(TOKEN_BASE) || !defined(GROUP_SIZE) || !defined(SCALE_BYTES) || !defined(OUT_DTYPE) || \
-    !defined(TILE_TOKENS) || !defined(MMA_INT4) || !defined(SHARED_BYTES)
+// (exact weights 2 or 4, progressive 1), OUT_DTYPE, TILE_TOKENS 8..64, MMA_INT4 0/1 (INT4 activations, exact scales
+// on both sides), SHARED_BYTES (the launch's dynamic shared memory); ALLOW_EMULATED_INT4 lets tests build MMA_INT4
+// for sm_90. Launch: grid (token tiles, ceil(panels / 2)), 256 threads.
+#if !defined(PROGRESSIVE) || !defined(TOKEN_BASE) || !defined(GROUP_SIZE) || !defined(SCALE_BYTES) || \
+    !defined(OUT_DTYPE) || !defined(TILE_TOKENS) || !defined(MMA_INT4) || !defined(SHARED_BYTES)
 #error "sm80_w4a4_gemm.cu lacks one of its parameters"
 #endif
 #if MMA_INT4 && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && !defined(ALLOW_EMULATED_INT4)
@@ -55,7 +55,8 @@ __device__ void load_stage(const Problem &p, const unsigned char *weights, const
     const int first_token = blockIdx.x * TILE_TOKENS;
     const int n_tokens = min(TILE_TOKENS, p.padded_tokens - first_token);
     const int code_slot = outliers ? p.n_slots + (slot - p.n_slots) / 2 : slot;
-    const signed char *tile = codes + (static_cast<size_t>(code_slot) * p.padded_tokens + first_token) * SLOT_INPUTS;
+    const signed char *tile =
+        codes + (static_cast<size_t>(code_slot) * p.padded_tokens + first_token) * SLOT_INPUTS;
     for (int i = threadIdx.x * 16; i < n_tokens * SLOT_INPUTS; i += THREADS * 16) copy_async(stage + i, tile + i);
     for (int i = threadIdx.x * 16; i < PANELS * Weights::bytes; i += THREADS * 16) {
         const int panel = min(static_cast<int>(blockIdx.y) * PANELS + i / Weights::bytes, p.n_panels - 1);
@@ -82,11 +83,14 @@ __device__ __forceinline__ void multiply_half(const unsigned char *stage, const 
     unsigned low[4], high[4];
     if constexpr (!OUTLIERS && !MMA_INT4) {
         const int group = half * Weights::groups / 2;
-        const uchar2 factors = reinterpret_cast<const uchar2 *>(record + CODE_BYTES + group * Weights::group_scale_bytes)[thread / 4];
+        const uchar2 factors =
+            reinterpret_cast<const uchar2 *>(record + CODE_BYTES + group * Weights::group_scale_bytes)[thread / 4];
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-            if (PROGRESSIVE) unpack_times_factor(word[r], r & 1 ? factors.y : factors.x, low[r], high[r]);
-            else unpack_times_16(word[r], low[r], high[r]);
+            if (PROGRESSIVE)
+                unpack_times_factor(word[r], r & 1 ? factors.y : factors.x, low[r], high[r]);
+            else
+                unpack_times_16(word[r], low[r], high[r]);
         }
     }
 #pragma unroll
@@ -97,7 +101,8 @@ __device__ __forceinline__ void multiply_half(const unsigned char *stage, const 
         if constexpr (OUTLIERS) {
             mma_int8(sums[j], word, b[2 * half], b[2 * half + 1]);
         } else if constexpr (MMA_INT4) {
-            mma_int4(sums[j], word, (b[0] & 0x0F0F0F0Fu) | (b[2] << 4 & 0xF0F0F0F0u), (b[1] & 0x0F0F0F0Fu) | (b[3] << 4 & 0xF0F0F0F0u));
+            mma_int4(sums[j], word, (b[0] & 0x0F0F0F0Fu) | (b[2] << 4 & 0xF0F0F0F0u),
+                     (b[1] & 0x0F0F0F0Fu) | (b[3] << 4 & 0xF0F0F0F0u));
         } else {
             mma_int8(sums[j], low, b[0], b[1]);
             mma_int8(sums[j], high, b[2], b[3]);
@@ -130,7 +135,8 @@ __device__ __forceinline__ void promote(float (&total)[N_TILES][4], int (&sums)[
 }
 
 // total *= channel scale * token scale, once for a row's INT4 slots.
-__device__ __forceinline__ void scale_total(float (&total)[N_TILES][4], float2 channel_scales, const float *token_scales) {
+__device__ __forceinline__ void scale_total(float (&total)[N_TILES][4], float2 channel_scales,
+                                            const float *token_scales) {
 #pragma unroll
     for (int j = 0; j < N_TILES; ++j) {
         const float2 scales = *reinterpret_cast<const float2 *>(token_scales + 8 * j + threadIdx.x % 4 * 2);
@@ -145,9 +151,9 @@ __device__ __forceinline__ void scale_total(float (&total)[N_TILES][4], float2 c
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-sm80_w4a4_gemm(const unsigned char *__restrict__ weights, const float *__restrict__ channel_scales,
-               const signed char *__restrict__ codes, const float *__restrict__ token_scales,
-               Output<OUT_DTYPE>::type *__restrict__ out, const Problem p) {
+    sm80_w4a4_gemm(const unsigned char *__restrict__ weights, const float *__restrict__ channel_scales,
+                   const signed char *__restrict__ codes, const float *__restrict__ token_scales,
+                   Output<OUT_DTYPE>::type *__restrict__ out, const Problem p) {
     extern __shared__ __align__(16) unsigned char shared[];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int my_panel = blockIdx.y * PANELS + warp / 4;
@@ -169,7 +175,8 @@ sm80_w4a4_gemm(const unsigned char *__restrict__ weights, const float *__restric
         copy_wait<N_STAGES - 2>();
         __syncthreads();
         const int ahead = slot + N_STAGES - 1;
-        if (ahead < n_all) load_stage(p, weights, codes, token_scales, shared + ahead % N_STAGES * STAGE_BYTES, ahead);
+        if (ahead < n_all)
+            load_stage(p, weights, codes, token_scales, shared + ahead % N_STAGES * STAGE_BYTES, ahead);
         copy_commit();
 
         const unsigned char *stage = shared + slot % N_STAGES * STAGE_BYTES;
@@ -189,12 +196,15 @@ sm80_w4a4_gemm(const unsigned char *__restrict__ weights, const float *__restric
             }
             if ((PROGRESSIVE || TOKEN_BASE) && slot == p.n_slots - 1) {
                 const float2 base = channel_pair(0, 1.0f);
-                if (PROGRESSIVE && TOKEN_BASE) promote<true, true>(total, sums, base, tokens);
-                else scale_total(total, base, tokens);
+                if (PROGRESSIVE && TOKEN_BASE)
+                    promote<true, true>(total, sums, base, tokens);
+                else
+                    scale_total(total, base, tokens);
             }
         } else {
 #pragma unroll
-            for (int half = 0; half < 2; ++half) multiply_half<true>(stage, record, half, (slot - p.n_slots & 1) * 4, sums);
+            for (int half = 0; half < 2; ++half)
+                multiply_half<true>(stage, record, half, (slot - p.n_slots & 1) * 4, sums);
             promote<true, true>(total, sums, channel_pair(1, 1.0f / UNIT), tokens);
         }
     }

@@ -13,8 +13,9 @@
 //
 // Parameters: GROUP_SIZE, SCALE_BYTES 2/4, IN_BF16 0/1, OUT_DTYPE, TILE_TOKENS 8..64, N_WARPGROUPS, ROW_BLOCKS (1),
 // N_STAGES, SHARED_BYTES. Launch: 128 * N_WARPGROUPS + 32 threads.
-#if !defined(GROUP_SIZE) || !defined(SCALE_BYTES) || !defined(IN_BF16) || !defined(OUT_DTYPE) || \
-    !defined(TILE_TOKENS) || !defined(N_WARPGROUPS) || !defined(ROW_BLOCKS) || !defined(N_STAGES) || !defined(SHARED_BYTES)
+#if !defined(GROUP_SIZE) || !defined(SCALE_BYTES) || !defined(IN_BF16) || !defined(OUT_DTYPE) ||     \
+    !defined(TILE_TOKENS) || !defined(N_WARPGROUPS) || !defined(ROW_BLOCKS) || !defined(N_STAGES) || \
+    !defined(SHARED_BYTES)
 #error "sm90_w4a16_gemm.cu lacks one of its parameters"
 #endif
 
@@ -36,8 +37,8 @@ static_assert(ROW_BLOCKS == 1 && TILE_TOKENS <= 64, "a warp holds 16 channels x 
 static_assert(1024 + BARRIERS_AT + 16 * N_STAGES + 16 <= SHARED_BYTES, "SHARED_BYTES is too small");
 
 // The whole warp: every lane copies its tokens' rows.
-__device__ void produce(const Problem &p, int n_inputs, const unsigned char *weights, const unsigned short *x, unsigned shared,
-                        unsigned full, unsigned empty) {
+__device__ void produce(const Problem &p, int n_inputs, const unsigned char *weights, const unsigned short *x,
+                        unsigned shared, unsigned full, unsigned empty) {
     const int lane = threadIdx.x % 32;
     Schedule schedule(p);
     Work work;
@@ -71,7 +72,8 @@ __device__ __forceinline__ void to_float16(unsigned codes, unsigned &first_pair,
     second_pair = __byte_perm(codes, IN_BF16 ? 0x43434343 : 0x64646464, 0x4342);
     auto subtract = [](unsigned pair) -> unsigned {
         if constexpr (IN_BF16) {
-            const __nv_bfloat162 codes_at_8 = __hsub2(reinterpret_cast<__nv_bfloat162 &>(pair), __float2bfloat162_rn(136.0f));
+            const __nv_bfloat162 codes_at_8 =
+                __hsub2(reinterpret_cast<__nv_bfloat162 &>(pair), __float2bfloat162_rn(136.0f));
             return reinterpret_cast<const unsigned &>(codes_at_8);
         } else {
             const __half2 codes_at_8 = __hsub2(reinterpret_cast<__half2 &>(pair), __float2half2_rn(1032.0f));
@@ -88,24 +90,28 @@ __device__ __forceinline__ float2 load_scales(const unsigned char *record, int g
 }
 
 // total += one slot.
-__device__ __forceinline__ void run_slot(const unsigned char *stage, const unsigned char *record, int thread, float (&total)[1][SUMS]) {
+__device__ __forceinline__ void run_slot(const unsigned char *stage, const unsigned char *record, int thread,
+                                         float (&total)[1][SUMS]) {
     const int lane = thread % 32;
     float sums[TILE_TOKENS / 8][4] = {};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const uint4 words = *reinterpret_cast<const uint4 *>(record + half * (CODE_BYTES / 2) + thread * 16);
-        const unsigned word[4] = {words.x ^ 0x88888888u, words.y ^ 0x88888888u, words.z ^ 0x88888888u, words.w ^ 0x88888888u};
+        const unsigned word[4] = {words.x ^ 0x88888888u, words.y ^ 0x88888888u, words.z ^ 0x88888888u,
+                                  words.w ^ 0x88888888u};
 #pragma unroll
         for (int step = 0; step < HALF_STEPS; ++step) {
 #pragma unroll
-            for (int part = 0; part < 2; ++part) {  // 16 inputs: four from 4 * (lane % 4) + 16 * part on, in each quarter
+            for (int part = 0; part < 2;
+                 ++part) {  // 16 inputs: four from 4 * (lane % 4) + 16 * part on, in each quarter
                 unsigned a[4];
                 to_float16(word[2 * part] >> 4 * step & 0x0F0F0F0Fu, a[0], a[2]);
                 to_float16(word[2 * part + 1] >> 4 * step & 0x0F0F0F0Fu, a[1], a[3]);
                 const int input = (2 * half + step) * 32 + part * 16 + lane % 4 * 4;
 #pragma unroll
                 for (int j = 0; j < TILE_TOKENS / 8; ++j) {
-                    const uint2 b = *reinterpret_cast<const uint2 *>(stage + (8 * j + lane / 4) * TOKEN_PITCH + input * 2);
+                    const uint2 b =
+                        *reinterpret_cast<const uint2 *>(stage + (8 * j + lane / 4) * TOKEN_PITCH + input * 2);
                     mma_float16<IN_BF16 != 0>(sums[j], a, b.x, b.y);
                 }
             }
@@ -126,9 +132,9 @@ __device__ __forceinline__ void run_slot(const unsigned char *stage, const unsig
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(128 * N_WARPGROUPS + 32, 1)
-sm90_w4a16_gemm(const unsigned char *__restrict__ weights, const float *__restrict__ channel_scales,
-                const unsigned short *__restrict__ x, Output<OUT_DTYPE>::type *__restrict__ out, float *partials, int *counters,
-                const int n_inputs, const Problem p) {
+    sm90_w4a16_gemm(const unsigned char *__restrict__ weights, const float *__restrict__ channel_scales,
+                    const unsigned short *__restrict__ x, Output<OUT_DTYPE>::type *__restrict__ out,
+                    float *partials, int *counters, const int n_inputs, const Problem p) {
     extern __shared__ unsigned char dynamic_shared[];
     unsigned char *shared = dynamic_shared + ((1024 - (shared_address(dynamic_shared) & 1023)) & 1023);
     const unsigned full = shared_address(shared) + BARRIERS_AT, empty = full + 8 * N_STAGES;
@@ -169,7 +175,8 @@ sm90_w4a16_gemm(const unsigned char *__restrict__ weights, const float *__restri
             }
             if (work.end - work.begin == p.n_slots + p.n_outlier_slots ||
                 join_pieces(p, work, partials, counters, is_last, total))
-                store<Output<OUT_DTYPE>>(p, corner, warpgroup, shared + STORE_AT + warpgroup * STORE_TOKENS * STORE_PITCH,
+                store<Output<OUT_DTYPE>>(p, corner, warpgroup,
+                                         shared + STORE_AT + warpgroup * STORE_TOKENS * STORE_PITCH,
                                          channel_scales + 2 * p.n_panels * PANEL_ROWS, out, 1.0f, total);
         }
     }

@@ -4,8 +4,8 @@
 //   out       [M][N] of OUT_DTYPE, row-major
 //   partials  float32, 2 * gridDim.x * N_WARPGROUPS * 64 * ROW_BLOCKS * TILE_TOKENS; only for split tiles
 //   counters  int32 [n_stream_tiles], zero before the first launch; every launch leaves them zero
-// Any M >= 1, N >= 1. Sums are INT32 inside a group (both sides progressive: over the whole row) and float32 across groups, in
-// an order that depends on the shape alone: equal inputs give equal bits.
+// Any M >= 1, N >= 1. Sums are INT32 inside a group (both sides progressive: over the whole row) and float32 across
+// groups, in an order that depends on the shape alone: equal inputs give equal bits.
 //
 // It computes the transposed product: weights are wgmma's A operand, unpacked in registers, and tokens lie along its
 // n, so a tile of 8 tokens wastes nothing. One warp feeds a ring of stages by bulk copies; N_WARPGROUPS warpgroups
@@ -14,17 +14,16 @@
 //   stage  | codes [TILE_TOKENS][128] | record of panel 0 | ... | record of the last panel | token scales |
 //
 // Parameters: PROGRESSIVE 0/1 (weights), TOKEN_BASE 0/1 (progressive activations), GROUP_SIZE 64/128, SCALE_BYTES
-// (exact weights 2 or 4, progressive 1), OUT_DTYPE, TILE_TOKENS
-// 8..256, CHUNK_TOKENS (tokens per wgmma, 8..128), N_WARPGROUPS, ROW_BLOCKS, N_STAGES, CONSUMER_REGISTERS (0: as compiled),
-// SHARED_BYTES (the launch's dynamic shared memory). Launch: 128 * (N_WARPGROUPS + 1) threads.
-#if !defined(PROGRESSIVE) || !defined(TOKEN_BASE) || !defined(GROUP_SIZE) || !defined(SCALE_BYTES) || !defined(OUT_DTYPE) || \
-    !defined(TILE_TOKENS) || !defined(CHUNK_TOKENS) || !defined(N_WARPGROUPS) || !defined(ROW_BLOCKS) || \
-    !defined(N_STAGES) || !defined(CONSUMER_REGISTERS) || !defined(SHARED_BYTES)
+// (exact weights 2 or 4, progressive 1), OUT_DTYPE, TILE_TOKENS 8..256, CHUNK_TOKENS (tokens per wgmma, 8..128),
+// N_WARPGROUPS, ROW_BLOCKS 1/2, N_STAGES, CONSUMER_REGISTERS (0: as compiled), SHARED_BYTES (the launch's dynamic
+// shared memory). Launch: 128 * (N_WARPGROUPS + 1) threads, one CTA for each multiprocessor.
+#if !defined(PROGRESSIVE) || !defined(TOKEN_BASE) || !defined(GROUP_SIZE) || !defined(SCALE_BYTES) ||   \
+    !defined(OUT_DTYPE) || !defined(TILE_TOKENS) || !defined(CHUNK_TOKENS) || !defined(N_WARPGROUPS) || \
+    !defined(ROW_BLOCKS) || !defined(N_STAGES) || !defined(CONSUMER_REGISTERS) || !defined(SHARED_BYTES)
 #error "sm90_w4a4_gemm.cu lacks one of its parameters"
 #endif
 
 #include "gemm_stream.cuh"
-
 
 namespace {
 
@@ -56,7 +55,9 @@ __device__ void produce(const Problem &p, const unsigned char *weights, const si
             const bool outliers = slot >= p.n_slots;
             const int code_slot = outliers ? p.n_slots + (slot - p.n_slots) / 2 : slot;
             const int n_rows = outliers ? 1 : SCALE_ROWS;
-            const int first_row = outliers ? (TOKEN_BASE ? 1 : p.n_slots * SCALE_ROWS) : TOKEN_BASE ? 0 : slot * SCALE_ROWS;
+            const int first_row = outliers     ? (TOKEN_BASE ? 1 : p.n_slots * SCALE_ROWS)
+                                  : TOKEN_BASE ? 0
+                                               : slot * SCALE_ROWS;
             const unsigned stage = shared + ring.stage * STAGE_BYTES;
             const unsigned barrier = full + 8 * ring.stage;
             barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
@@ -64,7 +65,8 @@ __device__ void produce(const Problem &p, const unsigned char *weights, const si
 #pragma unroll 1
             for (int i = 0; i < PANELS; ++i) {
                 const int panel = min(corner.panel + i, p.n_panels - 1);
-                const unsigned char *record = weights + panel * panel_bytes + static_cast<size_t>(slot) * Weights::bytes;
+                const unsigned char *record =
+                    weights + panel * panel_bytes + static_cast<size_t>(slot) * Weights::bytes;
                 if (p.n_token_tiles == 1) {
                     bulk_copy_once(stage + TILE_BYTES + i * Weights::bytes, record, Weights::bytes, barrier);
                 } else {
@@ -87,10 +89,10 @@ __device__ void produce(const Problem &p, const unsigned char *weights, const si
 struct Consumer {
     const unsigned char *shared;
     unsigned full, empty;
-    int record;   // where the warpgroup's first record lies in a stage
-    int words;    // where the thread's words lie in a record
-    int pair;     // the thread's (row, row + 8) pair of the panel
-    int token;    // the thread's first token of every eight
+    int record;  // where the warpgroup's first record lies in a stage
+    int words;   // where the thread's words lie in a record
+    int pair;    // the thread's (row, row + 8) pair of the panel
+    int token;   // the thread's first token of every eight
     Ring ring;
 
     __device__ const unsigned char *wait() const {
@@ -106,7 +108,8 @@ struct Consumer {
 
 // Steps of k32 in registers, from a record of INT4 codes (OUTLIERS: of INT8 codes).
 template <bool OUTLIERS>
-__device__ __forceinline__ void load_weights(const unsigned char *record, const Consumer &self, unsigned (&a)[4][4]) {
+__device__ __forceinline__ void load_weights(const unsigned char *record, const Consumer &self,
+                                             unsigned (&a)[4][4]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const uint4 words = *reinterpret_cast<const uint4 *>(record + half * (CODE_BYTES / 2) + self.words);
@@ -116,7 +119,8 @@ __device__ __forceinline__ void load_weights(const unsigned char *record, const 
             for (int r = 0; r < 4; ++r) a[half][r] = word[r];
         } else if constexpr (PROGRESSIVE) {
             const int group = half * Weights::groups / 2;
-            const auto factors = reinterpret_cast<const uchar2 *>(record + CODE_BYTES + group * Weights::group_scale_bytes)[self.pair];
+            const auto factors = reinterpret_cast<const uchar2 *>(record + CODE_BYTES +
+                                                                  group * Weights::group_scale_bytes)[self.pair];
 #pragma unroll
             for (int r = 0; r < 4; ++r)
                 unpack_times_factor(word[r], r & 1 ? factors.y : factors.x, a[2 * half][r], a[2 * half + 1][r]);
@@ -135,10 +139,12 @@ __device__ __forceinline__ float2 load_scales(const unsigned char *record, int g
 
 // total += sums * channel scale * token scale, for the two rows of a thread; a scale that is not asked for is 1.
 template <bool BY_CHANNEL, bool BY_TOKEN, int COUNT>
-__device__ __forceinline__ void promote(float *total, const int (&sums)[COUNT], float2 channel_scales, const float *token_scales) {
+__device__ __forceinline__ void promote(float *total, const int (&sums)[COUNT], float2 channel_scales,
+                                        const float *token_scales) {
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
-        const float2 tokens = BY_TOKEN ? *reinterpret_cast<const float2 *>(token_scales + i / 4 * 8) : float2{1.0f, 1.0f};
+        const float2 tokens =
+            BY_TOKEN ? *reinterpret_cast<const float2 *>(token_scales + i / 4 * 8) : float2{1.0f, 1.0f};
         const float channel_scale = BY_CHANNEL ? i & 2 ? channel_scales.y : channel_scales.x : 1.0f;
         const float token_scale = i & 1 ? tokens.y : tokens.x;
         const float sum = static_cast<float>(sums[i]);
@@ -149,10 +155,12 @@ __device__ __forceinline__ void promote(float *total, const int (&sums)[COUNT], 
 
 // total *= channel scale * token scale, once for a row's INT4 slots; a scale that is not asked for is 1.
 template <bool BY_CHANNEL, bool BY_TOKEN>
-__device__ __forceinline__ void scale_total(float (&total)[SUMS], float2 channel_scales, const float *token_scales) {
+__device__ __forceinline__ void scale_total(float (&total)[SUMS], float2 channel_scales,
+                                            const float *token_scales) {
 #pragma unroll
     for (int i = 0; i < SUMS; ++i) {
-        const float2 tokens = BY_TOKEN ? *reinterpret_cast<const float2 *>(token_scales + i / 4 * 8) : float2{1.0f, 1.0f};
+        const float2 tokens =
+            BY_TOKEN ? *reinterpret_cast<const float2 *>(token_scales + i / 4 * 8) : float2{1.0f, 1.0f};
         if constexpr (BY_CHANNEL) total[i] *= i & 2 ? channel_scales.y : channel_scales.x;
         if constexpr (BY_TOKEN) total[i] *= i & 1 ? tokens.y : tokens.x;
         if (i % 16 == 15) keep_order();  // loading all token scales first would spill
@@ -165,7 +173,8 @@ __device__ __forceinline__ void scale_total(float (&total)[SUMS], float2 channel
 // warpgroup for a moment. `fixed_scales` are the channel scales that groups do not have: the outliers' scales, or the
 // base scales of progressive weights.
 template <bool OUTLIERS, int CHUNK>
-__device__ __forceinline__ void run_promoted(Consumer &self, int n_slots, int begin, int end, float (&total)[ROW_BLOCKS][SUMS],
+__device__ __forceinline__ void run_promoted(Consumer &self, int n_slots, int begin, int end,
+                                             float (&total)[ROW_BLOCKS][SUMS],
                                              const float2 (&fixed_scales)[ROW_BLOCKS]) {
     constexpr int GROUPS = OUTLIERS ? 1 : Weights::groups;
     constexpr int STEPS = (OUTLIERS ? 2 : 4) / GROUPS;
@@ -180,8 +189,9 @@ __device__ __forceinline__ void run_promoted(Consumer &self, int n_slots, int be
         auto promote_quantum = [&](int q) {
             const int block = q / PER_BLOCK, group = q / CHUNKS % GROUPS, chunk = q % CHUNKS;
             pin(sums[q & 1]);
-            promote<OUTLIERS || !PROGRESSIVE, OUTLIERS || !TOKEN_BASE>(&total[block][chunk * (CHUNK / 2)], sums[q & 1], scales[block][group],
-                                                                       tokens + group * TILE_TOKENS + chunk * CHUNK);
+            promote<OUTLIERS || !PROGRESSIVE, OUTLIERS || !TOKEN_BASE>(
+                &total[block][chunk * (CHUNK / 2)], sums[q & 1], scales[block][group],
+                tokens + group * TILE_TOKENS + chunk * CHUNK);
         };
 #pragma unroll
         for (int block = 0; block < ROW_BLOCKS; ++block) {
@@ -189,14 +199,16 @@ __device__ __forceinline__ void run_promoted(Consumer &self, int n_slots, int be
             unsigned a[4][4];
             load_weights<OUTLIERS>(record, self, a);
 #pragma unroll
-            for (int g = 0; g < GROUPS; ++g) scales[block][g] = OUTLIERS || PROGRESSIVE ? fixed_scales[block] : load_scales(record, g, self);
+            for (int g = 0; g < GROUPS; ++g)
+                scales[block][g] = OUTLIERS || PROGRESSIVE ? fixed_scales[block] : load_scales(record, g, self);
 #pragma unroll
             for (int i = 0; i < PER_BLOCK; ++i) {
                 const int q = block * PER_BLOCK + i, group = i / CHUNKS, chunk = i % CHUNKS;
                 wgmma_fence();
 #pragma unroll
                 for (int step = group * STEPS; step < (group + 1) * STEPS; ++step)
-                    Wgmma<CHUNK>::run(sums[q & 1], a[step], tile + chunk * (CHUNK * SLOT_INPUTS / 16) + 2 * step, step > group * STEPS);
+                    Wgmma<CHUNK>::run(sums[q & 1], a[step], tile + chunk * (CHUNK * SLOT_INPUTS / 16) + 2 * step,
+                                      step > group * STEPS);
                 wgmma_commit();
                 if (i > 0) wgmma_wait<1>();
                 if (q > 0) promote_quantum(q - 1);
@@ -214,7 +226,8 @@ __device__ __forceinline__ void run_promoted(Consumer &self, int n_slots, int be
 }
 
 // INT4 slots with progressive scales on both sides: one INT32 sum over all of them, promoted once. At least one slot.
-__device__ __forceinline__ void run_progressive(Consumer &self, int begin, int end, float (&total)[ROW_BLOCKS][SUMS],
+__device__ __forceinline__ void run_progressive(Consumer &self, int begin, int end,
+                                                float (&total)[ROW_BLOCKS][SUMS],
                                                 const float2 (&base_scales)[ROW_BLOCKS]) {
     constexpr int CHUNKS = TILE_TOKENS / CHUNK_TOKENS;
     int sums[ROW_BLOCKS][CHUNKS][CHUNK_TOKENS / 2] = {};
@@ -233,7 +246,8 @@ __device__ __forceinline__ void run_progressive(Consumer &self, int begin, int e
             for (int chunk = 0; chunk < CHUNKS; ++chunk)
 #pragma unroll
                 for (int step = 0; step < 4; ++step)
-                    Wgmma<CHUNK_TOKENS>::run(sums[block][chunk], a[step], tile + chunk * (CHUNK_TOKENS * SLOT_INPUTS / 16) + 2 * step, 1);
+                    Wgmma<CHUNK_TOKENS>::run(sums[block][chunk], a[step],
+                                             tile + chunk * (CHUNK_TOKENS * SLOT_INPUTS / 16) + 2 * step, 1);
             wgmma_commit();
         }
         wgmma_wait<0>();
@@ -253,9 +267,9 @@ __device__ __forceinline__ void run_progressive(Consumer &self, int begin, int e
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(128 * (N_WARPGROUPS + 1), 1)
-sm90_w4a4_gemm(const unsigned char *__restrict__ weights, const float *__restrict__ channel_scales,
-               const signed char *__restrict__ codes, const float *__restrict__ token_scales,
-               Output<OUT_DTYPE>::type *__restrict__ out, float *partials, int *counters, const Problem p) {
+    sm90_w4a4_gemm(const unsigned char *__restrict__ weights, const float *__restrict__ channel_scales,
+                   const signed char *__restrict__ codes, const float *__restrict__ token_scales,
+                   Output<OUT_DTYPE>::type *__restrict__ out, float *partials, int *counters, const Problem p) {
     extern __shared__ unsigned char dynamic_shared[];
     unsigned char *shared = dynamic_shared + ((1024 - (shared_address(dynamic_shared) & 1023)) & 1023);
     const unsigned full = shared_address(shared) + BARRIERS_AT, empty = full + 8 * N_STAGES;
@@ -277,8 +291,8 @@ sm90_w4a4_gemm(const unsigned char *__restrict__ weights, const float *__restric
     } else {
         if constexpr (CONSUMER_REGISTERS > 0) raise_registers<CONSUMER_REGISTERS>();
         const int thread = threadIdx.x % 128;
-        Consumer self{shared, full, empty, TILE_BYTES + warpgroup * ROW_BLOCKS * Weights::bytes, thread * 16, thread / 4,
-                      thread % 4 * 2, Ring()};
+        Consumer self{shared,      full,       empty,          TILE_BYTES + warpgroup * ROW_BLOCKS * Weights::bytes,
+                      thread * 16, thread / 4, thread % 4 * 2, Ring()};
         Schedule schedule(p);
         Work work;
         const int n_rows = p.n_panels * PANEL_ROWS;
@@ -290,11 +304,13 @@ sm90_w4a4_gemm(const unsigned char *__restrict__ weights, const float *__restric
 #pragma unroll
                 for (int block = 0; block < ROW_BLOCKS; ++block) {
                     const int panel = min(corner.panel + warpgroup * ROW_BLOCKS + block, p.n_panels - 1);
-                    const float *scales = channel_scales + kind * n_rows + panel * PANEL_ROWS + thread / 32 * 16 + thread % 32 / 4;
+                    const float *scales =
+                        channel_scales + kind * n_rows + panel * PANEL_ROWS + thread / 32 * 16 + thread % 32 / 4;
                     fixed[block] = make_float2(scales[0] * unit, scales[8] * unit);
                 }
             };
-            const int middle = min(max(p.n_slots, work.begin), work.end);  // INT4 slots before, outliers from here on
+            const int middle =
+                min(max(p.n_slots, work.begin), work.end);  // INT4 slots before, outliers from here on
             if (PROGRESSIVE) load_fixed(0, 1.0f);
             if (PROGRESSIVE && TOKEN_BASE && work.begin < middle) {
                 run_progressive(self, work.begin, middle, total, fixed);
@@ -310,8 +326,9 @@ sm90_w4a4_gemm(const unsigned char *__restrict__ weights, const float *__restric
             }
             if (work.end - work.begin == p.n_slots + p.n_outlier_slots ||
                 join_pieces(p, work, partials, counters, is_last, total))
-                store<Output<OUT_DTYPE>>(p, corner, warpgroup, shared + STORE_AT + warpgroup * STORE_TOKENS * STORE_PITCH,
-                      channel_scales + 2 * n_rows, out, UNIT, total);
+                store<Output<OUT_DTYPE>>(p, corner, warpgroup,
+                                         shared + STORE_AT + warpgroup * STORE_TOKENS * STORE_PITCH,
+                                         channel_scales + 2 * n_rows, out, UNIT, total);
         }
     }
 }

@@ -184,10 +184,10 @@ def pack_activations(
     n_outliers = 0 if outlier_codes is None else outlier_codes.shape[1]
     n_outlier_slots = _ceil(n_outliers, SLOT_INPUTS)
     rows = torch.zeros(padded, n_slots + n_outlier_slots, SLOT_INPUTS, dtype=torch.int8, device=codes.device)
-    rows.view(padded, -1)[:n_tokens, :n_inputs] = codes
+    rows.flatten(1)[:n_tokens, :n_inputs] = codes
     if outlier_codes is not None:
         first = n_slots * SLOT_INPUTS
-        rows.view(padded, -1)[:n_tokens, first : first + n_outliers] = outlier_codes
+        rows.flatten(1)[:n_tokens, first : first + n_outliers] = outlier_codes
     n_rows = 1 if group_size is None else n_slots * (SLOT_INPUTS // group_size)
     token_scales = torch.zeros(n_rows + 1, padded, dtype=torch.float32, device=codes.device)
     token_scales[: scales.shape[1], :n_tokens] = scales.T

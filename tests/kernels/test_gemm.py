@@ -1,0 +1,459 @@
+"""GEMM operands and kernels: layouts against plain arithmetic, every template against the float64 oracle."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from atomq.errors import KernelError
+from atomq.kernels import gemm, gemm_reference, gemm_tiles, repack
+from atomq.kernels.gemm import Engine, Tile, w4a4_gemm, w4a16_gemm
+from atomq.kernels.loader import ARCHITECTURES, compile_for
+from atomq.kernels.repack import CanonicalWeight, pack_activations, repack_weight
+
+# n_channels, n_inputs (INT4), n_outliers, group_size, channel_group: ragged groups, odd panels, odd channels
+SHAPES = [
+    (100, 448, 128, 128, 1),
+    (64, 1536, 0, 64, 2),
+    (130, 1344, 64, 64, 1),
+    (203, 190, 20, 128, 1),
+    (320, 2048, 256, 128, 2),
+]
+TOKENS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 64, 127, 128, 129, 255, 256, 1000, 4096)
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 3e-4, torch.bfloat16: 2.5e-3}
+TILES = [
+    Tile(8, 8, 2, 1, 0),
+    Tile(16, 16, 2, 1, 0),
+    Tile(32, 32, 2, 1, 0),
+    Tile(64, 64, 2, 1, 0),
+    Tile(64, 64, 2, 2, 232),
+    Tile(128, 64, 2, 1, 232),
+    Tile(128, 64, 2, 2, 232),
+    Tile(256, 64, 2, 1, 232),
+    Tile(256, 32, 2, 1, 232),
+]
+
+
+def make_weight(
+    n_channels: int,
+    n_inputs: int,
+    n_outliers: int,
+    group_size: int,
+    channel_group: int = 1,
+    *,
+    progressive: bool = False,
+    float32_scales: bool = False,
+    power_of_two: bool = False,
+    seed: int = 0,
+    device: str = "cpu",
+) -> CanonicalWeight:
+    """Random codes over all of -8..7, a different scale for every group and row, a bias."""
+    generator = torch.Generator().manual_seed(seed)
+    n_groups = -(-n_inputs // group_size)
+
+    def scales(*shape: int) -> torch.Tensor:
+        if power_of_two:
+            return torch.randint(-2, 0, shape, generator=generator).float().exp2()
+        return torch.rand(*shape, generator=generator) * 0.02 + 0.001
+
+    def integers(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=generator)
+
+    group_scales = scales(-(-n_channels // channel_group), n_groups)
+    weight = CanonicalWeight(
+        qweight=integers(0, 256, n_channels, -(-n_inputs // 2)).to(torch.uint8),
+        scales=integers(1, 17, n_channels, n_groups).to(torch.uint8)
+        if progressive
+        else group_scales.to(torch.float32 if float32_scales else torch.float16),
+        n_inputs=n_inputs,
+        group_size=group_size,
+        channel_group=1 if progressive else channel_group,
+        scale_base=scales(n_channels) if progressive else None,
+        outlier_weight=integers(-128, 128, n_channels, n_outliers).to(torch.int8) if n_outliers else None,
+        outlier_scales=scales(n_channels).half() if n_outliers else None,
+        bias=torch.zeros(n_channels) if power_of_two else torch.randn(n_channels, generator=generator),
+    )
+    return move(weight, device)
+
+
+def move(operand, device):
+    """A dataclass of tensors on another device."""
+    tensors = {
+        field.name: value.to(device)
+        for field in dataclasses.fields(operand)
+        if isinstance(value := getattr(operand, field.name), torch.Tensor)
+    }
+    return dataclasses.replace(operand, **tensors)
+
+
+def make_inputs(
+    n_tokens,
+    weight: CanonicalWeight,
+    *,
+    base_scales: bool | None = None,
+    n_bits: int = 4,
+    power_of_two: bool = False,
+    seed: int = 1,
+):
+    """Plain activations for a weight: codes, scales, outlier codes, outlier scales (CPU).
+
+    `base_scales` makes them progressive; None does as the weight does.
+    """
+    base_scales = weight.is_progressive if base_scales is None else base_scales
+    generator = torch.Generator().manual_seed(seed)
+    n_groups = -(-weight.n_inputs // weight.group_size)
+    low, high = (-8, 8) if n_bits == 4 else (-127, 128)
+    codes = torch.randint(low, high, (n_tokens, weight.n_inputs), generator=generator)
+    if base_scales:
+        factors = torch.randint(1, 17, (n_tokens, n_groups), generator=generator)
+        codes *= factors.repeat_interleave(weight.group_size, 1)[:, : weight.n_inputs] if n_bits == 4 else 1
+    shape = (n_tokens, 1 if base_scales else n_groups)
+    if power_of_two:
+        scales = torch.randint(-2, 0, shape, generator=generator).float().exp2()
+        outlier_scales = torch.randint(-2, 0, shape[:1], generator=generator).float().exp2()
+    else:
+        scales = torch.rand(shape, generator=generator) * 0.05 + 0.005
+        outlier_scales = torch.rand(n_tokens, generator=generator) * 0.01 + 0.001
+    outliers = torch.randint(-128, 128, (n_tokens, weight.n_outliers), generator=generator).to(torch.int8)
+    return codes.to(torch.int8), scales, outliers, outlier_scales
+
+
+def pack_inputs(inputs, weight: CanonicalWeight, n_bits: int = 4):
+    codes, scales, outliers, outlier_scales = inputs
+    has_group_scales = scales.shape[1] * weight.group_size >= weight.n_inputs
+    group_size = weight.group_size if has_group_scales else None
+    if not weight.n_outliers:
+        return pack_activations(codes, scales, None, None, group_size, n_bits)
+    return pack_activations(codes, scales, outliers, outlier_scales, group_size, n_bits)
+
+
+def plain_product(inputs, weight: CanonicalWeight) -> torch.Tensor:
+    """The definition, from canonical tensors, in float64."""
+    codes, scales, outliers, outlier_scales = (x.double() for x in inputs)
+    nibbles = torch.stack((weight.qweight & 15, weight.qweight >> 4), dim=2).flatten(1)[:, : weight.n_inputs]
+    weight_codes = ((nibbles.int() ^ 8) - 8).double()
+    by_row = weight.scales.double().repeat_interleave(weight.channel_group, 0)[: weight.qweight.shape[0]]
+    spread = by_row.repeat_interleave(weight.group_size, 1)[:, : weight.n_inputs]
+    if weight.scale_base is not None:
+        spread = spread * weight.scale_base.double()[:, None]
+    token_spread = scales.repeat_interleave(weight.n_inputs if scales.shape[1] == 1 else weight.group_size, 1)
+    total = (codes * token_spread[:, : weight.n_inputs]) @ (weight_codes * spread).T
+    if weight.outlier_weight is not None:
+        outlier_weight = weight.outlier_weight.double() * weight.outlier_scales.double()[:, None]
+        total += (outliers * outlier_scales[:, None]) @ outlier_weight.T
+    return total + weight.bias.double()
+
+
+def error(result: torch.Tensor, oracle: torch.Tensor) -> float:
+    return ((result.double() - oracle).norm() / oracle.norm()).item()
+
+
+@pytest.mark.parametrize("base_scales", [False, True], ids=["group-scales", "base-scales"])
+@pytest.mark.parametrize("progressive", [False, True], ids=["exact", "progressive"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_operands_hold_what_the_checkpoint_holds(shape, progressive, base_scales):
+    weight = make_weight(*shape, progressive=progressive)
+    inputs = make_inputs(13, weight, base_scales=base_scales)
+    packed, activations = repack_weight(weight), pack_inputs(inputs, weight)
+    expected = plain_product(inputs, weight)
+    assert error(gemm_reference.w4a4_oracle(activations, packed), expected) < 1e-12
+    assert error(gemm_reference.w4a4_gemm(activations, packed, torch.float32), expected) < 1e-6
+
+
+def test_a_record_has_the_documented_bytes():
+    # Row 9 is warp 0, lane 4, second row of the pair; input 34 is step 1 of half 0, lane % 4 = 0, byte 2.
+    weight = make_weight(64, 128, 0, 128)
+    weight.qweight.zero_()
+    weight.qweight[9, 17] = 0x0D  # the low nibble is input 34: code -3
+    record = repack_weight(weight).records[0, 0]
+    position = (4 * 4 + 1) * 4 + 2  # thread 4, word 1 (row + 8, first 16 inputs), byte 2
+    assert record[position] == 0xD0
+    assert record[: repack.CODE_BYTES].count_nonzero() == 1
+    scales = record[repack.CODE_BYTES :].view(torch.float16)
+    assert torch.equal(scales[:4], weight.scales[[0, 8, 1, 9], 0])
+
+
+def test_tiles_of_activations_are_swizzled():
+    codes = torch.arange(128, dtype=torch.int8).repeat(3, 1)
+    packed = pack_activations(codes, torch.ones(3, 1), None, None, 128)
+    assert packed.codes.shape == (1, 8, 128)
+    assert packed.codes[0, 2, :16].tolist() == list(range(32, 48))
+    assert torch.equal(repack.unpack_activations(packed), codes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"group_size": 32}, "group_size 32"),
+        ({"channel_group": 4}, "channel_group 4"),
+        ({"qweight": torch.zeros(100, 223, dtype=torch.uint8)}, "qweight"),
+        ({"qweight": torch.zeros(100, 224, dtype=torch.int8)}, "qweight"),
+        ({"scales": torch.ones(100, 4, dtype=torch.float64)}, "scales"),
+        ({"outlier_weight": torch.zeros(100, 257, dtype=torch.int8)}, "257 outliers"),
+        ({"outlier_scales": None}, "outlier_scales"),
+        ({"bias": torch.zeros(99)}, "bias"),
+    ],
+)
+def test_repack_refuses_tensors_that_do_not_fit(change, message):
+    weight = dataclasses.replace(make_weight(100, 448, 128, 128), **change)
+    with pytest.raises(KernelError, match=message):
+        repack_weight(weight)
+
+
+def test_the_front_refuses_a_cpu_weight():
+    weight = make_weight(64, 128, 0, 128)
+    activations = pack_inputs(make_inputs(3, weight), weight)
+    with pytest.raises(KernelError, match="gemm_reference"):
+        w4a4_gemm(activations, repack_weight(weight))
+
+
+def disassemble(cubin: bytes, folder: Path) -> str:
+    """SASS, by nvdisasm from the PATH or from NVIDIA's wheel; skips the test where there is none."""
+    wheel = Path(sys.prefix).glob("lib/python*/site-packages/nvidia/cu*/bin/nvdisasm")
+    tool = shutil.which("nvdisasm") or next(map(str, wheel), None)
+    if tool is None:
+        pytest.skip("nvdisasm is not installed here")
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    return subprocess.run([tool, "-c", path], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("token_base", [False, True])
+@pytest.mark.parametrize("scale_bytes", [1, 2, 4])
+@pytest.mark.parametrize("group_size", [64, 128])
+def test_hopper_templates_compile_to_wgmma_without_spills(group_size, scale_bytes, token_base, tmp_path):
+    pytest.importorskip("cupy", reason="compiles with NVRTC through CuPy")
+    for out_dtype in gemm.OUT_DTYPES:
+        tiles = {
+            gemm.choose_tile(
+                n_tokens,
+                group_size,
+                scale_bytes == 1,
+                token_base=token_base,
+                n_records=n_records,
+                out_dtype=out_dtype,
+            )
+            for n_tokens in (8, 16, 32, 64, 128, 1000)
+            for n_records in (1, gemm_tiles.MANY_RECORDS)
+        }
+        for tile in tiles:
+            defines = gemm.sm90_defines(tile, group_size, scale_bytes, token_base, out_dtype)
+            kernel = compile_for("sm90_w4a4_gemm", "sm_90a", **defines)
+            assert kernel.spill_bytes == 0, (tile, out_dtype)
+    assert "IGMMA" in disassemble(kernel.cubin, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_portable_templates_compile_everywhere_without_spills(arch, tmp_path):
+    pytest.importorskip("cupy", reason="compiles with NVRTC through CuPy")
+    is_native = arch in ("sm_80", "sm_86", "sm_89")
+    for scale_bytes in (1, 2, 4):
+        for group_size in (64, 128):
+            compile_for(
+                "repack_w4",
+                arch,
+                PROGRESSIVE=int(scale_bytes == 1),
+                GROUP_SIZE=group_size,
+                SCALE_BYTES=scale_bytes,
+                CHANNEL_GROUP=1,
+            )
+            for engine in (Engine.MMA_INT8, *([Engine.MMA_INT4] if is_native and scale_bytes > 1 else [])):
+                for tile_tokens in (16, 64):
+                    defines = gemm.sm80_defines(
+                        tile_tokens, engine, group_size, scale_bytes, scale_bytes == 1, torch.float16
+                    )
+                    kernel = compile_for("sm80_w4a4_gemm", arch, **defines)
+                    assert kernel.spill_bytes == 0, (engine, tile_tokens, group_size, scale_bytes)
+    sass = disassemble(kernel.cubin, tmp_path)
+    assert bool(re.search(r"IMMA\.16864\.S4", sass)) == is_native
+
+
+@pytest.mark.slow
+def test_w4a16_templates_compile_without_spills():
+    pytest.importorskip("cupy", reason="compiles with NVRTC through CuPy")
+    for n_tokens, group_size, dtype in itertools.product(
+        (1, 16, 32), (64, 128), (torch.float16, torch.bfloat16)
+    ):
+        tile = gemm.choose_w4a16_tile(n_tokens)
+        defines = gemm.sm90_w4a16_defines(tile, group_size, 2, dtype, dtype)
+        assert compile_for("sm90_w4a16_gemm", "sm_90a", **defines).spill_bytes == 0, (tile, group_size, dtype)
+
+
+def test_int4_mma_is_refused_where_it_is_emulated():
+    pytest.importorskip("cupy", reason="compiles with NVRTC through CuPy")
+    defines = gemm.sm80_defines(16, Engine.MMA_INT4, 128, 2, False, torch.float16)
+    with pytest.raises(KernelError, match="emulated from sm_90 on"):
+        compile_for("sm80_w4a4_gemm", "sm_90a", **defines)
+
+
+def test_the_default_engine_follows_device_and_operands():
+    weight = make_weight(64, 256, 0, 128)
+    packed, inputs = repack_weight(weight), make_inputs(3, weight)
+    four, eight = pack_inputs(inputs, weight), pack_inputs(inputs, weight, 8)
+    assert gemm.default_engine((9, 0), four, packed) is Engine.WGMMA_INT8
+    assert gemm.default_engine((8, 9), four, packed) is Engine.MMA_INT4
+    assert gemm.default_engine((8, 0), eight, packed) is Engine.MMA_INT8
+    assert gemm.default_engine((12, 0), four, packed) is Engine.MMA_INT8
+    with pytest.raises(KernelError, match="sm_75"):
+        gemm.default_engine((7, 5), four, packed)
+
+
+MODES = list(itertools.product((False, True), repeat=2))  # progressive weights, progressive activations
+TEMPLATES = [
+    *((Engine.WGMMA_INT8, mode, tile) for mode in MODES for tile in TILES),
+    (Engine.WGMMA_INT8, (True, True), Tile(128, 128, 2, 2, 232)),
+    (Engine.WGMMA_INT8, (True, True), Tile(256, 128, 2, 1, 232)),
+    *((Engine.MMA_INT8, mode, None) for mode in MODES),
+    (Engine.MMA_INT4, (False, False), None),
+]
+
+
+def on_gpu(engine: Engine) -> None:
+    if engine is Engine.WGMMA_INT8 and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("no Hopper GPU here")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("engine", "mode", "tile"), TEMPLATES, ids=str)
+def test_every_template_matches_the_oracle(engine, mode, tile):
+    on_gpu(engine)
+    progressive, base_scales = mode
+    for i, shape in enumerate(SHAPES):
+        weight = make_weight(*shape, progressive=progressive, float32_scales=i % 2 == 1, device="cuda")
+        packed = repack_weight(weight)
+        cpu = move(weight, "cpu")
+        assert torch.equal(packed.records.cpu(), repack_weight(cpu).records)
+        for n_tokens in (1, 7, 17, 129):
+            inputs = make_inputs(n_tokens, cpu, base_scales=base_scales)
+            activations = move(pack_inputs(inputs, cpu), "cuda")
+            expected = plain_product(inputs, cpu).cuda()
+            out_dtype = list(TOLERANCE)[i % 3]
+            out = torch.full_like(expected, float("nan"), dtype=out_dtype)
+            w4a4_gemm(activations, packed, out_dtype, out=out, engine=engine, tile=tile)
+            assert error(out, expected) <= TOLERANCE[out_dtype], (shape, n_tokens, out_dtype)
+            again = w4a4_gemm(activations, packed, out_dtype, engine=engine, tile=tile)
+            assert torch.equal(out, again)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("progressive", [False, True], ids=["exact", "progressive"])
+@pytest.mark.parametrize("n_tokens", TOKENS)
+def test_any_number_of_tokens_matches_the_oracle(n_tokens, progressive):
+    weight = make_weight(520, 1408, 128, 128, progressive=progressive, device="cuda")
+    packed = repack_weight(weight)
+    activations = move(pack_inputs(make_inputs(n_tokens, weight), weight), "cuda")
+    oracle = gemm_reference.w4a4_oracle(activations, packed)
+    for out_dtype, tolerance in TOLERANCE.items():
+        assert error(w4a4_gemm(activations, packed, out_dtype), oracle) <= tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("engine", [Engine.WGMMA_INT8, Engine.MMA_INT8, Engine.MMA_INT4])
+def test_powers_of_two_are_bit_exact(engine):
+    on_gpu(engine)
+    weight = make_weight(200, 1216, 64, 64, power_of_two=True, float32_scales=True, device="cuda")
+    packed = repack_weight(weight)
+    inputs = make_inputs(33, weight, power_of_two=True)
+    activations = move(pack_inputs(inputs, weight), "cuda")
+    result = w4a4_gemm(activations, packed, torch.float32, engine=engine)
+    assert torch.equal(result.double(), gemm_reference.w4a4_oracle(activations, packed))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("engine", [Engine.WGMMA_INT8, Engine.MMA_INT8])
+def test_int8_activations_match_the_oracle(engine):
+    on_gpu(engine)
+    weight = make_weight(203, 1000, 256, 128, device="cuda")
+    activations = move(pack_inputs(make_inputs(65, weight, n_bits=8), weight, 8), "cuda")
+    packed = repack_weight(weight)
+    oracle = gemm_reference.w4a4_oracle(activations, packed)
+    assert error(w4a4_gemm(activations, packed, torch.float32, engine=engine), oracle) <= 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("progressive", [False, True], ids=["exact", "progressive"])
+def test_one_altered_bit_is_seen(progressive):
+    weight = make_weight(130, 1344, 64, 64, progressive=progressive, device="cuda")
+    inputs = make_inputs(17, weight)
+    activations = move(pack_inputs(inputs, weight), "cuda")
+    right = w4a4_gemm(activations, repack_weight(weight), torch.float32)
+    for name, row, column in (("qweight", 77, 300), ("scales", 100, 12), ("outlier_weight", 129, 63)):
+        altered = getattr(weight, name).clone()
+        altered[row, column] += 1
+        wrong = w4a4_gemm(
+            activations, repack_weight(dataclasses.replace(weight, **{name: altered})), torch.float32
+        )
+        changed = (wrong != right).any(dim=0).nonzero().flatten().tolist()
+        assert changed == [row], name
+    codes, *others = inputs
+    codes[:, [5, 700]] = codes[:, [700, 5]]
+    swapped = move(pack_inputs((codes, *others), weight), "cuda")
+    assert not torch.equal(w4a4_gemm(swapped, repack_weight(weight), torch.float32), right)
+
+
+@pytest.mark.gpu
+def test_no_tokens_give_an_empty_result():
+    weight = make_weight(130, 448, 128, 128, device="cuda")
+    activations = move(pack_inputs(make_inputs(0, weight), weight), "cuda")
+    assert w4a4_gemm(activations, repack_weight(weight)).shape == (0, 130)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n_tokens", [3, 300])
+def test_a_captured_graph_replays_the_same_result(n_tokens):
+    weight = make_weight(1000, 4096, 128, 128, device="cuda")
+    activations = move(pack_inputs(make_inputs(n_tokens, weight), weight), "cuda")
+    packed = repack_weight(weight)
+    expected = w4a4_gemm(activations, packed)
+    out = torch.empty_like(expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        w4a4_gemm(activations, packed, out=out)
+    for _ in range(3):
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.gpu
+def test_the_front_refuses_operands_that_do_not_fit():
+    weight = make_weight(130, 448, 128, 128, device="cuda")
+    packed = repack_weight(weight)
+    activations = move(pack_inputs(make_inputs(17, weight), weight), "cuda")
+    with pytest.raises(KernelError, match=r"activations.codes.*it must be \(5, 24, 128\) torch.int8"):
+        w4a4_gemm(dataclasses.replace(activations, codes=activations.codes[:4].contiguous()), packed)
+    with pytest.raises(KernelError, match="token_scales"):
+        w4a4_gemm(dataclasses.replace(activations, token_scales=activations.token_scales.half()), packed)
+    with pytest.raises(KernelError, match="out_dtype"):
+        w4a4_gemm(activations, packed, torch.float64)
+    with pytest.raises(KernelError, match="MMA_INT4"):
+        w4a4_gemm(dataclasses.replace(activations, n_bits=8), packed, engine=Engine.MMA_INT4)
+    with pytest.raises(KernelError, match="w4a16_gemm"):
+        w4a16_gemm(torch.zeros(3, 448, dtype=torch.float16, device="cuda"), packed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("n_tokens", [1, 8, 9, 16, 31, 64, 129])
+def test_w4a16_matches_the_oracle(n_tokens, dtype):
+    on_gpu(Engine.WGMMA_INT8)
+    for n_channels, n_inputs, group_size in ((100, 448, 128), (203, 1536, 64), (1000, 1000, 128)):
+        weight = make_weight(
+            n_channels, n_inputs, 0, group_size, float32_scales=n_inputs == 1536, device="cuda"
+        )
+        packed = repack_weight(weight)
+        x = torch.randn(n_tokens, n_inputs, generator=torch.Generator().manual_seed(2)).to("cuda", dtype)
+        oracle = gemm_reference.w4a16_oracle(x, packed)
+        out = torch.full_like(oracle, float("nan"), dtype=dtype)
+        assert error(w4a16_gemm(x, packed, out=out), oracle) <= TOLERANCE[dtype]
+        assert error(w4a16_gemm(x, packed, torch.float32), oracle) <= 3e-6
