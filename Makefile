@@ -12,13 +12,18 @@ $(VENV)/installed: pyproject.toml constraints.txt
 		|| { echo "atomq needs Python 3.11 to 3.13; set PYTHON=python3.11 or the like"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch numpy
+	$(INSTALL) -e .
+	touch $@
+
+# Linters, pytest, and the CUDA compiler: the tests compile every kernel, which needs no GPU.
+$(VENV)/installed-dev: $(VENV)/installed
 	$(INSTALL) -e '.[dev]'
 	touch $@
 
-setup: $(VENV)/installed
+setup: $(VENV)/installed-dev
 
 # SmolLM2-135M-Instruct (Apache 2.0), quantized to W4A4KV4 and measured, on two CPU cores.
-demo: setup
+demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py --folder $(DEMO)
 
 test: setup

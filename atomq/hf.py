@@ -90,6 +90,12 @@ def is_checkpoint(folder: Path) -> bool:
     return isinstance(config, dict) and config.get("quant_method") == QUANT_METHOD
 
 
+def checkpoint_shapes(folder: Path) -> list[tuple[int, int]]:
+    """The different shapes (out, in) of a checkpoint's linears, in the order of computation."""
+    model, family, _, _ = _open(folder, check_hashes=False)
+    return list(dict.fromkeys((shape.n_out, shape.n_in) for shape in linear_shapes(model, family).values()))
+
+
 def describe(folder: Path, *, check_hashes: bool) -> dict[str, Any]:
     """Facts about a checkpoint from its headers and manifest, after checking files, names, shapes and
     dtypes.

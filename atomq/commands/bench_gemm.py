@@ -150,7 +150,8 @@ def _print_shape(size: tuple[int, int], results: list[Result], gpu: str) -> None
 
 
 def _compile_everything(json_output: bool) -> None:
-    from atomq.kernels.variants import ARCHITECTURES, compile_variants
+    from atomq.kernels.loader import ARCHITECTURES
+    from atomq.kernels.variants import compile_variants
 
     with console.progress("compile") as on_progress:
         built = list(compile_variants(on_progress))
@@ -160,7 +161,7 @@ def _compile_everything(json_output: bool) -> None:
         return
     rows = [
         [
-            f"{v.name} {json.dumps(v.defines)}",
+            f"{v.name} {json.dumps(dict(v.defines))}",
             v.arch,
             str(v.registers),
             str(v.shared_bytes),

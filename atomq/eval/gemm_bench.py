@@ -68,6 +68,12 @@ class Result:
     error: float | None
     timing: Timing
     floor_us: float
+    moved_bytes: float
+
+    @property
+    def gigabytes_per_s(self) -> float:
+        """Bytes that have to move at least (operands once, outputs once) over the graph's median."""
+        return 1e-3 * self.moved_bytes / self.timing.graph_us
 
     @property
     def tops(self) -> float:
@@ -76,7 +82,12 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**asdict(self), "tops": self.tops, "floor_fraction": self.floor_us / self.timing.graph_us}
+        return {
+            **asdict(self),
+            "tops": self.tops,
+            "gb_per_s": self.gigabytes_per_s,
+            "floor_fraction": self.floor_us / self.timing.graph_us,
+        }
 
 
 class Peer(Protocol):
@@ -162,7 +173,9 @@ def bench(
                 moved = weight_bytes + n_tokens * (n_inputs * (2 if mode == "w4a16" else 1) + 2 * n_channels)
                 rate = operations / (2 if mode == "w4a16" else 1)
                 floor = max(moved / bandwidth, 2 * n_tokens * n_channels * n_inputs / rate) * 1e6
-                yield Result(mode, n_channels, n_inputs, n_tokens, error, time_launches(launches), floor)
+                yield Result(
+                    mode, n_channels, n_inputs, n_tokens, error, time_launches(launches), floor, moved
+                )
             del copies
         for peer in peers:
             for n_tokens in tokens:
@@ -175,7 +188,7 @@ def bench(
                         2 * n_tokens * n_channels * n_inputs * n_bytes / operations,
                     )
                     timing = time_launches(peer_launches)
-                    yield Result(peer.name, n_channels, n_inputs, n_tokens, None, timing, floor * 1e6)
+                    yield Result(peer.name, n_channels, n_inputs, n_tokens, None, timing, floor * 1e6, moved)
 
 
 def environment() -> dict[str, Any]:

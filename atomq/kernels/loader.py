@@ -45,10 +45,11 @@ class CompiledKernel:
 
 @dataclass(frozen=True)
 class DeviceLimits:
-    """What launches are sized by: the number of SMs, and the shared memory that a CTA can have."""
+    """What launches are sized by: the number of SMs, and the shared memory of a CTA and of an SM."""
 
     n_sms: int
     shared_bytes_of_cta: int
+    shared_bytes_of_sm: int
 
 
 @functools.cache
@@ -155,6 +156,7 @@ def device_limits(device: torch.device) -> DeviceLimits:
     return DeviceLimits(
         n_sms=attributes["MultiProcessorCount"],
         shared_bytes_of_cta=attributes["MaxSharedMemoryPerBlockOptin"],
+        shared_bytes_of_sm=attributes["MaxSharedMemoryPerMultiprocessor"],
     )
 
 

@@ -5,15 +5,15 @@ No GPU is needed. One entry stands for each template: each prologue, each engine
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from atomq.kernels import gemm
+from atomq.kernels import gemm_tiles
 from atomq.kernels.activations import Prologue
-from atomq.kernels.gemm import Engine
+from atomq.kernels.gemm_tiles import Engine
 from atomq.kernels.loader import ARCHITECTURES, compile_for
 
 HOPPER = "sm_90a"
@@ -27,13 +27,13 @@ class Variant:
 
     name: str
     arch: str
-    defines: dict[str, int | str]
+    defines: Mapping[str, int | str]
     registers: int
     shared_bytes: int
     spill_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return {**vars(self), "defines": dict(self.defines)}
 
 
 def compile_variants(on_progress: Callable[[float, int, str], None]) -> Iterator[Variant]:
@@ -50,7 +50,7 @@ def compile_variants(on_progress: Callable[[float, int, str], None]) -> Iterator
     on_progress(len(wanted), len(wanted), "done")
 
 
-def all_variants() -> Iterator[tuple[str, str, dict[str, int | str]]]:
+def all_variants() -> Iterator[tuple[str, str, Mapping[str, int | str]]]:
     """Kernel, architecture and defines of each variant."""
     for arch in ARCHITECTURES:
         for codebook in (0, 1):
@@ -66,17 +66,21 @@ def all_variants() -> Iterator[tuple[str, str, dict[str, int | str]]]:
             yield "dequantize_kv", arch, heads
         for engine in (Engine.MMA_INT8, *([Engine.MMA_INT4] if arch in NATIVE_INT4 else [])):
             for tokens in (16, 64):
-                yield "sm80_w4a4_gemm", arch, gemm.sm80_defines(tokens, engine, 128, 2, False, torch.float16)
+                yield (
+                    "sm80_w4a4_gemm",
+                    arch,
+                    gemm_tiles.sm80_defines(tokens, engine, 128, 2, False, torch.float16),
+                )
     for scale_bytes in (2, 1):
         progressive = scale_bytes == 1
-        for tile in dict.fromkeys(gemm.choose_tile(n, 128, progressive) for n in SHOWN_TOKENS):
+        for tile in dict.fromkeys(gemm_tiles.choose_tile(n, 128, progressive) for n in SHOWN_TOKENS):
             yield (
                 "sm90_w4a4_gemm",
                 HOPPER,
-                gemm.sm90_defines(tile, 128, scale_bytes, progressive, torch.float16),
+                gemm_tiles.sm90_defines(tile, 128, scale_bytes, progressive, torch.float16),
             )
-    for tile in dict.fromkeys(gemm.choose_w4a16_tile(n) for n in (1, 16, 64)):
-        defines = gemm.sm90_w4a16_defines(tile, 128, 2, torch.float16, torch.float16)
+    for tile in dict.fromkeys(gemm_tiles.choose_w4a16_tile(n) for n in (1, 16, 64)):
+        defines = gemm_tiles.sm90_w4a16_defines(tile, 128, 2, torch.float16, torch.float16)
         yield "sm90_w4a16_gemm", HOPPER, defines
 
 

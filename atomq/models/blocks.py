@@ -45,7 +45,7 @@ class BlockInputs:
 
     def _batches(self) -> tuple[torch.Tensor, ...]:
         """Views of `hidden` of at most TOKENS_PER_BATCH tokens, at least one window each."""
-        return self.hidden.split(max(1, TOKENS_PER_BATCH // self.hidden.shape[1]))
+        return torch.split(self.hidden, max(1, TOKENS_PER_BATCH // self.hidden.shape[1]))
 
 
 class InputSeen(Exception):
