@@ -1,12 +1,25 @@
-"""Fixtures that tests of several rooms share."""
+"""Fixtures that tests of several rooms share. Tests marked `gpu` are skipped, with the reason, where none is."""
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import save_tiny_model
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        reason = "no CUDA device here"
+    elif importlib.util.find_spec("cupy") is None:
+        reason = "CuPy is not installed here"
+    else:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -23,6 +23,7 @@ from atomq import pipeline
 from atomq.cli import main
 from atomq.commands import quantize as quantize_command
 from atomq.config import setting_names
+from atomq.errors import StorageError
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("calibrate", "quantize", "eval-ppl", "generate", "inspect")
@@ -931,3 +932,23 @@ def test_the_remains_of_a_killed_run_are_no_obstacle(run, tiny_dir, tmp_path, te
 
 def test_the_short_options_are_names_of_settings():
     assert set(quantize_command.SHORT_NAMES.values()) <= set(setting_names())
+
+
+def test_calibration_options_that_a_recipe_does_not_use_are_not_passed_over(tiny_dir, tmp_path, capsys):
+    arguments = ["quantize", str(tiny_dir), str(tmp_path / "out"), "--preset", "rtn", "--group-size", "16"]
+    assert main([*arguments, "--n-samples", "4"]) == 0
+    assert "looks at no activations; the calibration text was not read" in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_written_leaves_no_artefact(
+    tiny_dir, text_file, tmp_path, capsys, monkeypatch
+):
+    def fail(*_):
+        raise StorageError("cannot write stats.png: No space left on device")
+
+    monkeypatch.setattr("atomq.formats.channel_plot.draw_channels", fail)
+    artefact = tmp_path / "stats.safetensors"
+    text = ["--calib-data", str(text_file), "--n-samples", "2", "--seq-len", "32", "--n-outliers", "4"]
+    assert main(["calibrate", str(tiny_dir), "-o", str(artefact), *text]) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert not artefact.exists()

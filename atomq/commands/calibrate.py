@@ -66,7 +66,11 @@ def command(
         result = pipeline.calibrate(
             model, output, config, outliers, pipeline.choose_device(device), on_progress
         )
-    draw_channels(picture, result.statistics, metric, n_outliers, result.facts["model"])
+    try:
+        draw_channels(picture, result.statistics, metric, n_outliers, result.facts["model"])
+    except BaseException:
+        output.unlink()  # both or neither
+        raise
     rows = [[name, *cells] for name, cells in strongest(result, metric, n_outliers)]
     if json_output:
         groups = {

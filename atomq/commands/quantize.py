@@ -85,6 +85,8 @@ def command(
             overwrite,
         )
     console.warn(result.summary["warnings"])
+    if not recipe.needs_calibration and config != CalibrationConfig():
+        console.warn([f"preset {preset} looks at no activations; the calibration text was not read"])
     if json_output:
         console.print_json({"out": str(out), **result.summary})
     else:

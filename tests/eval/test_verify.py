@@ -1,0 +1,204 @@
+"""Verification on a machine without GPU: exact arithmetic, and what it catches."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny_models import make_tiny_model, save_tiny_model
+
+from atomq.block_loop import quantize_blocks
+from atomq.cli import main
+from atomq.config import override
+from atomq.errors import KernelError
+from atomq.eval.verify import TOLERANCE, verify_linear, verify_linears
+from atomq.kernels.linear import KernelLinear, envelope_problem, use_kernels
+from atomq.numerics.activations import quantize_activations
+from atomq.numerics.exact import exact_outputs
+from atomq.numerics.linear import QuantizedLinear
+from atomq.presets import find_preset
+
+TOKENS = torch.randint(2, 256, (4, 40), generator=torch.Generator().manual_seed(0))
+SMALL = {"weights.group_size": 16, "activations.group_size": 16, "outliers.n_outliers": 8}
+RECIPES = {
+    "atom": {},
+    "hadamard": {"transform": "hadamard"},
+    "progressive": {
+        "weights.channel_group": 1,
+        "weights.scale_mode": "progressive",
+        "activations.scale_mode": "progressive",
+    },
+    "asymmetric": {"weights.symmetric": False, "activations.symmetric": False},
+    "fp4": {"weights.number_format": "fp4-e2m1", "activations.number_format": "fp4-bnb"},
+    "unequal groups": {"weights.group_size": 12},
+    "16-bit activations": {"activations.n_bits": 16},
+    "16-bit weights": {"weights.n_bits": 16},
+    "E4M3 outliers": {"outliers.precision": "e4m3"},
+}
+
+
+def quantized(settings=None, **model):
+    tiny = make_tiny_model("llama-mha-bias", **model)
+    recipe = override(find_preset("atom"), {**SMALL, **(settings or {})})
+    quantize_blocks(tiny, recipe, torch.device("cpu"), lambda *_: None, TOKENS)
+    return tiny
+
+
+def first_linear(model) -> QuantizedLinear:
+    return model.model.layers[0].self_attn.q_proj
+
+
+@pytest.mark.parametrize("settings", RECIPES.values(), ids=RECIPES)
+def test_every_linear_of_every_scheme_is_proven_in_torch(settings):
+    heard = []
+    verdicts = verify_linears(quantized(settings), torch.device("cpu"), lambda *args: heard.append(args))
+    assert len(verdicts) == 14
+    assert all(v.passed and v.computed_by == "torch" for v in verdicts), max(v.error for v in verdicts)
+    assert max(v.error for v in verdicts) > 0  # two ways of summing: not one compared with itself
+    assert heard[-1][:2] == (14, 14)
+
+
+def test_a_linear_that_computes_with_another_weight_is_found():
+    linear = first_linear(quantized())
+    right = linear.dense_weight(torch.float32).clone()
+    spoilt = right.clone()
+    spoilt[3, 5] += 0.01
+    linear._dense = spoilt
+    assert not verify_linear("q", linear, seed=0).passed
+    linear._dense = right
+    assert verify_linear("q", linear, seed=0).passed
+
+
+@pytest.mark.parametrize("alter", ["nibble", "scale", "outlier", "order"])
+def test_the_oracle_reads_the_stored_tensors_themselves(alter):
+    linear = first_linear(quantized())
+    scheme = linear.scheme
+    x = torch.randn(5, linear.in_features, generator=torch.Generator().manual_seed(1))
+
+    def oracle():
+        ordered = linear.order_input(x)
+        inputs = quantize_activations(
+            ordered, scheme.activations, scheme.outliers.n_outliers, scheme.outliers.precision
+        )
+        return exact_outputs(linear, inputs)
+
+    before = oracle()
+    match alter:
+        case "nibble":
+            linear.qweight[2, 1] ^= 0x10
+        case "scale":
+            linear.scales[1, 0] *= 1.5
+        case "outlier":
+            linear.outlier_weight[0, 0] += 1
+        case "order":
+            linear.perm[[0, 7]] = linear.perm[[7, 0]]
+    assert (oracle() - before).norm() / before.norm() > 10 * TOLERANCE
+
+
+def test_the_oracle_equals_a_loop_over_integers():
+    linear = first_linear(quantized())
+    scheme, weight = linear.scheme, linear.quantized_weight()
+    x = torch.randn(2, linear.in_features, generator=torch.Generator().manual_seed(2))
+    ordered = linear.order_input(x)
+    inputs = quantize_activations(ordered, scheme.activations, 8, "int8")
+    found = exact_outputs(linear, inputs)
+    n_normal = linear.in_features - 8
+    for token in range(2):
+        for row in (0, 1, linear.out_features - 1):
+            total = float(linear.bias[row])
+            for group, start in enumerate(range(0, n_normal, 16)):
+                end = min(start + 16, n_normal)
+                dot = sum(int(inputs.codes[token, i]) * int(weight.codes[row, i]) for i in range(start, end))
+                total += dot * float(inputs.scales[token, group]) * float(weight.scales[row // 2, group])
+            dot = sum(
+                int(inputs.outliers.values[token, i]) * int(weight.outliers.values[row, i]) for i in range(8)
+            )
+            total += dot * float(inputs.outliers.scales[token]) * float(weight.outliers.scales[row])
+            assert abs(float(found[token, row]) - total) <= 1e-12 * max(1, abs(total))
+
+
+def test_what_lies_outside_the_kernels_envelope_is_named():
+    assert "groups of" in envelope_problem(first_linear(quantized()))
+    inside = {"weights.group_size": 64, "activations.group_size": 64, "outliers.n_outliers": 8}
+    assert envelope_problem(first_linear(quantized(inside))) == ""
+    for settings, reason in (
+        ({"weights.n_bits": 3}, "INT4 weights"),
+        ({"activations.n_bits": 8}, "INT4 activations"),
+        ({"weights.scale_mode": "progressive", "weights.channel_group": 1}, "scale mode"),
+        ({"outliers.precision": "fp16"}, "outliers in INT8"),
+        ({"activations.n_bits": 16}, "W4A16"),
+    ):
+        assert reason in envelope_problem(first_linear(quantized({**inside, **settings})))
+
+
+def test_kernels_refuse_what_they_cannot_run():
+    with pytest.raises(KernelError, match="no quantized linears"):
+        use_kernels(make_tiny_model())
+    with pytest.raises(KernelError, match=r"q_proj lies on cpu; the kernels need a CUDA device"):
+        use_kernels(quantized())
+    with pytest.raises(KernelError, match="cannot run on the kernels: the kernels take weight groups"):
+        KernelLinear(first_linear(quantized()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["exact", "progressive", "hadamard", "w4a16"])
+def test_the_kernels_prove_a_checkpoint_and_run_a_model(mode):
+    settings = {"weights.group_size": 64, "activations.group_size": 64, "outliers.n_outliers": 16}
+    settings |= {
+        "exact": {},
+        "progressive": RECIPES["progressive"],
+        "hadamard": {"transform": "hadamard", "kv.rotation": "hadamard"},
+        "w4a16": {"activations.n_bits": 16, "outliers.n_outliers": 0, "outliers.reorder": False},
+    }[mode]
+    model = quantized(settings, hidden_size=192, intermediate_size=320)
+    verdicts = verify_linears(model, torch.device("cuda"), lambda *_: None)
+    assert {v.computed_by for v in verdicts} == {"gpu kernel"}
+    assert all(v.passed for v in verdicts), [(v.name, v.error, v.n_wrong_codes) for v in verdicts]
+    dtype = torch.float16 if mode == "w4a16" else torch.float32
+    model = model.to("cuda", dtype)
+    expected = model(TOKENS.cuda()).logits.float()
+    assert use_kernels(model) == 14
+    distance = (model(TOKENS.cuda()).logits.float() - expected).norm() / expected.norm()
+    assert distance < (2e-2 if mode in ("w4a16", "hadamard") else 1e-3)
+
+
+def test_the_command_proves_a_checkpoint_and_says_what_computed_it(tmp_path, capsys):
+    source = save_tiny_model(tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text("all work and no play makes a dull text. " * 40, encoding="utf-8")
+    small = ["--group-size", "16", "--n-outliers", "8", "--n-samples", "2", "--seq-len", "64"]
+    out = tmp_path / "out"
+    assert main(["quantize", str(source), str(out), "--calib-data", str(text), *small]) == 0
+    capsys.readouterr()
+    assert main(["verify", str(out), "--json", "--device", "cpu"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["computed_by"] == {"torch": 14}
+    assert record["n_linears"] == len(record["linears"]) == 14
+    assert record["n_failed"] == 0
+    assert 0 < record["largest_error"] <= record["tolerance"]
+    assert main(["verify", str(out), "--device", "cpu"]) == 0
+    assert "14 of 14 linears pass (14 by torch)" in capsys.readouterr().out
+
+
+def test_the_command_ends_with_exit_code_1_on_a_mismatch(tmp_path, capsys, monkeypatch):
+    source = save_tiny_model(tmp_path / "model")
+    out = tmp_path / "out"
+    rounded = ["--preset", "rtn", "--group-size", "16"]
+    assert main(["quantize", str(source), str(out), *rounded]) == 0
+    monkeypatch.setattr("atomq.eval.verify.TOLERANCE", 1e-12)
+    assert main(["verify", str(out), "--json", "--device", "cpu"]) == 1
+    printed = capsys.readouterr()
+    assert "linears differ from exact arithmetic: model.layers.0" in printed.err
+
+
+def test_an_altered_file_is_named_before_anything_is_computed(tmp_path, capsys):
+    source = save_tiny_model(tmp_path / "model")
+    out = tmp_path / "out"
+    assert main(["quantize", str(source), str(out), "--preset", "rtn", "--group-size", "16"]) == 0
+    shard = sorted(out.glob("*.safetensors"))[1]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(bytes(content))
+    assert main(["verify", str(out)]) == 2
+    assert f"{shard.name} has been altered" in capsys.readouterr().err
