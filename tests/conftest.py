@@ -1,4 +1,4 @@
-"""Fixtures that tests of several rooms share. Tests marked `gpu` are skipped, with the reason, where none is."""
+"""Fixtures that tests of several rooms share; tests marked `gpu` are skipped, with the reason, without one."""
 
 from __future__ import annotations
 
