@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= .demo
 BIN = $(VENV)/bin
-INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+# PIP_ARGS: for an index with CPU builds of torch, say; the default index may bring a CUDA build of several GB.
+PIP_ARGS ?=
+INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
 .PHONY: setup demo test test-gpu lint type wheel check clean
 

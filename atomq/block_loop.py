@@ -27,9 +27,8 @@ from atomq.models.families import LinearGroup, ModelFamily, find_family
 from atomq.models.quantized import attention_for, head_dim_of, install_kv_quantizer, install_linears
 from atomq.numerics.channels import ChannelStatistics
 from atomq.numerics.linear import QuantizedLinear, transform_input
+from atomq.progress import OnProgress
 
-# Told (blocks done, blocks in all, what is being done now).
-OnProgress = Callable[[float, int, str], None]
 # Told each finished block's name and module.
 OnBlock = Callable[[str, nn.Module], None]
 
@@ -308,8 +307,15 @@ def _warnings(reports: list[LinearReport], recipe: Recipe) -> tuple[str, ...]:
     rounded = [r.name for r in reports if r.method == "rtn"]
     if recipe.solver.method == "gptq" and rounded:
         warnings.append(
-            f"{len(rounded)} of {len(reports)} linears were rounded to nearest: with so few calibration "
-            f"tokens that did better on held-out tokens than GPTQ"
+            f"{len(rounded)} of {len(reports)} linears were rounded to nearest: "
+            f"there were too few calibration tokens for GPTQ to do better"
+        )
+    asked = recipe.solver.damp_frac
+    careful = [r for r in reports if r.damp_frac not in (None, asked) and not r.damping_raised]
+    if careful:
+        warnings.append(
+            f"{len(careful)} of {len(reports)} linears were solved with more damping than {asked:g}, "
+            f"which did better on held-out tokens"
         )
     damped = [r for r in reports if r.damping_raised]
     if damped:

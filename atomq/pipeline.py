@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import resource
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,24 +25,20 @@ from atomq.block_loop import (
 )
 from atomq.config import CalibrationConfig, OutlierScheme, QuantScheme, Recipe, to_dict
 from atomq.errors import CheckpointError, ConfigError
-from atomq.eval.windows import TokenWindows, calibration_windows
+from atomq.eval.windows import DEFAULT_SAMPLES, TokenWindows, calibration_windows
 from atomq.formats.calibration import CalibrationKey, read_calibration, write_calibration
 from atomq.formats.card import model_card
+from atomq.formats.channel_plot import draw_channels
 from atomq.formats.checkpoint import REPORTS, CheckpointWriter
 from atomq.formats.files import write_file, write_json
 from atomq.formats.schema import code_bytes, effective_bits, quantization_config
 from atomq.models.blocks import linear_shapes
 from atomq.models.families import LinearShape, ModelFamily, find_family
-from atomq.models.loading import load_float_model, load_tokenizer, write_companions
+from atomq.models.loading import is_local_path, load_float_model, load_tokenizer, write_companions
 from atomq.models.quantized import head_dim_of
 from atomq.models.source import ModelSource, resolve_source, source_hash
 from atomq.numerics.channels import ChannelStatistics
-
-OnProgress = Callable[[float, int, str], None]
-
-
-def _silently(_done: float, _total: int, _step: str) -> None:
-    """Progress that nobody watches."""
+from atomq.progress import OnProgress, silently
 
 
 @dataclass(frozen=True)
@@ -90,19 +85,28 @@ def calibrate(
     calibration: CalibrationConfig,
     outliers: OutlierScheme,
     device: str | torch.device = "auto",
-    on_progress: OnProgress = _silently,
+    on_progress: OnProgress = silently,
+    picture: Path | None = None,
 ) -> CalibrationResult:
-    """Gather channel statistics of the float model on the calibration text; write the artefact `path`."""
+    """Gather channel statistics of the float model on the calibration text.
+
+    Writes the artefact `path` and, if asked, a `picture` (.png or .svg) of the channels.
+    """
     place = choose_device(device)
     source = resolve_source(model_name)
     windows = _cut_windows(load_tokenizer(source), calibration)
     model = load_float_model(source)
+    windows.check_vocabulary(model.config.vocab_size)
     check_widths(model, find_family(model.config.model_type), QuantScheme(outliers=outliers))
     statistics = calibrate_blocks(model, windows.token_ids, place, on_progress)
     scheme = QuantScheme(outliers=outliers)
     orders = group_orders(statistics, scheme)
     key = _calibration_key(source, windows, calibration, scheme)
     facts = {"model": source.name, "calibration": _window_facts(windows), "atomq": atomq.__version__}
+    if picture is not None:
+        kind = picture.suffix.removeprefix(".")
+        content = draw_channels(statistics, outliers.metric, outliers.n_outliers, source.name, kind)
+        write_file(picture, content)
     write_calibration(path, key, statistics, orders, facts)
     return CalibrationResult(path, key, statistics, orders, facts)
 
@@ -112,7 +116,7 @@ def quantize(
     out: Path,
     recipe: Recipe,
     device: str | torch.device = "auto",
-    on_progress: OnProgress = _silently,
+    on_progress: OnProgress = silently,
     calibration: CalibrationConfig | None = None,
     calibration_file: Path | None = None,
     overwrite: bool = False,
@@ -145,6 +149,8 @@ def quantize(
             key = _calibration_key(source, windows, calibration, recipe.scheme)
             statistics = read_calibration(calibration_file, key)
         model = load_float_model(source)
+        if windows is not None:
+            windows.check_vocabulary(model.config.vocab_size)
         family = find_family(model.config.model_type)
         shapes = linear_shapes(model, family)
         if calibration_file is not None and statistics is not None:
@@ -172,12 +178,13 @@ def quantize(
         config = model.config.to_dict()
         config["quantization_config"] = quantization_config(family, recipe.scheme)
         config.pop("_name_or_path", None)
+        config = {key: value for key, value in config.items() if not is_local_path(value)}
         write_json(writer.folder / "config.json", config)
         write_companions(source, writer.folder)
         bits = effective_bits(recipe.scheme, shapes, head_dim_of(model.config))
         card = model_card(source.name, recipe, bits, atomq.__version__)
         write_file(writer.folder / "README.md", card.encode())
-        warnings = [*_token_warnings(windows, report, recipe), *report.warnings]
+        warnings = [*_token_warnings(windows, report, recipe, calibration), *report.warnings]
         writer.write_manifest(_manifest_facts(source, recipe, windows, report, warnings, place))
         seconds = {"loading": loaded - started, **report.seconds, "total": time.perf_counter() - started}
         summary = {
@@ -280,12 +287,17 @@ def _manifest_facts(
     device: torch.device,
 ) -> dict[str, Any]:
     """All that the bytes depend on, and what a careful reader should know. No clock, no path."""
-    raised = {r.name: r.damp_frac for r in report.linears if r.damping_raised}
+    asked = ("gptq", recipe.solver.damp_frac) if recipe.solver.method == "gptq" else ("rtn", None)
+    deviations = {
+        r.name: {"method": r.method, "damp_frac": r.damp_frac}
+        for r in report.linears
+        if (r.method, r.damp_frac) != asked
+    }
     return {
         "source": {"name": source.name, "kind": source.kind, "sha256": source_hash(source)},
         "recipe": to_dict(recipe),
         "calibration": None if windows is None else _window_facts(windows),
-        "raised_damping": raised,
+        "deviations": deviations,
         "warnings": warnings,
         "device": device.type,
         "versions": {
@@ -297,14 +309,25 @@ def _manifest_facts(
     }
 
 
-def _token_warnings(windows: TokenWindows | None, report: QuantizationReport, recipe: Recipe) -> list[str]:
-    """Too few tokens for the widest linear is worth a word even where GPTQ coped with it."""
-    if windows is None or recipe.solver.method != "gptq" or report.widest_input <= windows.n_tokens:
-        return []
-    return [
-        f"{windows.n_tokens} calibration tokens are fewer than the {report.widest_input} inputs of the "
-        f"widest linear; give more text for a better result"
-    ]
+def _token_warnings(
+    windows: TokenWindows | None, report: QuantizationReport, recipe: Recipe, asked: CalibrationConfig
+) -> list[str]:
+    """Less text than by default, or too little for the widest linear: worth a word even if all went well."""
+    warnings: list[str] = []
+    if windows is None:
+        return warnings
+    by_default = asked.n_samples is None and asked.data != "builtin"
+    if by_default and windows.n_windows < DEFAULT_SAMPLES:
+        warnings.append(
+            f"{windows.corpus} holds {windows.n_windows} windows of {windows.seq_len} tokens, "
+            f"fewer than the {DEFAULT_SAMPLES} that are taken by default"
+        )
+    if recipe.solver.method == "gptq" and report.widest_input > windows.n_tokens:
+        warnings.append(
+            f"{windows.n_tokens} calibration tokens are fewer than the {report.widest_input} inputs of the "
+            f"widest linear; give more text for a better result"
+        )
+    return warnings
 
 
 def _mean_error(report: QuantizationReport) -> float | None:

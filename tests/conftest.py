@@ -1,4 +1,4 @@
-"""Fixtures that tests of several rooms share; tests marked `gpu` are skipped, with the reason, without one."""
+"""Fixtures that tests of several rooms share; tests marked `gpu` are skipped where there is none."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import change_json, change_tensor, files_outside_reports, stored_tensors
+from tiny_models import save_tiny_model
 
 import atomq
 from atomq import pipeline
@@ -911,13 +912,14 @@ def test_ctrl_c_between_the_two_renames_brings_the_old_checkpoint_back(
 
 @pytest.mark.parametrize("command", ["eval-ppl", "generate", "inspect"])
 def test_ctrl_c_ends_every_command_with_130(refused, made, text_file, monkeypatch, command):
+    import atomq.checkpoints
     import atomq.hf
 
     def interrupt(*_args, **_options):
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(atomq.hf, "load", interrupt)
-    monkeypatch.setattr(atomq.hf, "describe", interrupt)
+    monkeypatch.setattr(atomq.checkpoints, "describe", interrupt)
     more = {"eval-ppl": ["--data", text_file], "generate": ["mix"], "inspect": []}[command]
     refused("interrupted", command, made, *more, code=130)
 
@@ -934,21 +936,67 @@ def test_the_short_options_are_names_of_settings():
     assert set(quantize_command.SHORT_NAMES.values()) <= set(setting_names())
 
 
-def test_calibration_options_that_a_recipe_does_not_use_are_not_passed_over(tiny_dir, tmp_path, capsys):
+def test_calibration_options_that_a_recipe_does_not_use_are_refused(tiny_dir, tmp_path, capsys):
     arguments = ["quantize", str(tiny_dir), str(tmp_path / "out"), "--preset", "rtn", "--group-size", "16"]
-    assert main([*arguments, "--n-samples", "4"]) == 0
-    assert "looks at no activations; the calibration text was not read" in capsys.readouterr().err
+    assert main([*arguments, "--n-samples", "4"]) == 2
+    assert "looks at no activations" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_picture_that_cannot_be_written_leaves_no_artefact(
+def test_a_picture_that_cannot_be_drawn_leaves_everything_as_it_was(
     tiny_dir, text_file, tmp_path, capsys, monkeypatch
 ):
     def fail(*_):
         raise StorageError("cannot write stats.png: No space left on device")
 
-    monkeypatch.setattr("atomq.formats.channel_plot.draw_channels", fail)
     artefact = tmp_path / "stats.safetensors"
     text = ["--calib-data", str(text_file), "--n-samples", "2", "--seq-len", "32", "--n-outliers", "4"]
-    assert main(["calibrate", str(tiny_dir), "-o", str(artefact), *text]) == 1
+    assert main(["calibrate", str(tiny_dir), "-o", str(artefact), *text]) == 0
+    before = artefact.read_bytes()
+    monkeypatch.setattr("atomq.pipeline.draw_channels", fail)
+    assert main(["calibrate", str(tiny_dir), "-o", str(artefact), "--overwrite", *text, "--seed", "1"]) == 1
     assert "No space left" in capsys.readouterr().err
-    assert not artefact.exists()
+    assert artefact.read_bytes() == before
+    assert main(["calibrate", str(tiny_dir), "-o", str(tmp_path / "new" / "stats.safetensors"), *text]) == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_outliers_asked_for_by_option_are_chosen_and_not_simply_the_last_channels(tiny_dir, capsys):
+    arguments = ["quantize", str(tiny_dir), "unused", "--preset", "rtn", "--show-recipe"]
+    assert main([*arguments, "--n-outliers", "8"]) == 0
+    assert json.loads(capsys.readouterr().out)["scheme"]["outliers"]["reorder"] is True
+    assert main([*arguments, "--n-outliers", "8", "--set", "outliers.reorder=false"]) == 0
+    assert json.loads(capsys.readouterr().out)["scheme"]["outliers"]["reorder"] is False
+
+
+def test_a_setting_that_is_given_twice_is_refused(tiny_dir, capsys):
+    arguments = ["quantize", str(tiny_dir), "unused", "--show-recipe"]
+    assert main([*arguments, "--w-bits", "3", "--set", "weights.n_bits=2"]) == 2
+    assert "weights.n_bits is given twice" in capsys.readouterr().err
+    assert main([*arguments, "--set", "kv.n_bits=8", "--set", "kv.n_bits=4"]) == 2
+
+
+def test_a_tokenizer_of_another_model_is_refused(tiny_dir, text_file, tmp_path, capsys):
+    folder = tmp_path / "model"
+    save_tiny_model(folder, vocab_size=64)
+    text = ["--calib-data", str(text_file), "--n-samples", "2", "--seq-len", "32"]
+    small = ["--group-size", "16", "--n-outliers", "8"]
+    assert main(["quantize", str(folder), str(tmp_path / "out"), *small, *text]) == 2
+    assert "the model has 64 embeddings; the tokenizer is another model's" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main(["eval-ppl", str(folder), "--data", str(text_file), "--seq-len", "32"]) == 2
+
+
+@pytest.mark.parametrize("content", ["{}", '{"added_tokens": 3}', "[1]"])
+def test_a_tokenizer_file_that_is_none_is_refused(tiny_dir, text_file, tmp_path, capsys, content):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_dir, folder)
+    (folder / "tokenizer.json").write_text(content)
+    assert main(["eval-ppl", str(folder), "--data", str(text_file), "--seq-len", "32"]) == 2
+    assert "the tokenizer cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/model", "x" * 300])
+def test_a_path_that_cannot_be_one_is_refused(tmp_path, capsys, name):
+    assert main(["quantize", name, str(tmp_path / "out")]) == 2
+    assert "is no usable path" in capsys.readouterr().err

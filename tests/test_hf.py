@@ -15,6 +15,7 @@ from tiny_models import TINY_MODELS, make_tiny_model, save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import atomq
+import atomq.checkpoints
 import atomq.hf
 from atomq.config import CalibrationConfig, override
 from atomq.errors import CheckpointError, ConfigError
@@ -472,7 +473,7 @@ def test_a_config_that_does_not_fit_is_refused(spoilable, change, words):
     with pytest.raises(CheckpointError, match=words):
         atomq.load(folder)
     with pytest.raises(CheckpointError, match=words):
-        atomq.hf.describe(folder, check_hashes=False)
+        atomq.checkpoints.describe(folder, check_hashes=False)
 
 
 def test_a_dtype_that_is_none_of_the_three_is_refused(checkpoint):
@@ -483,12 +484,12 @@ def test_a_dtype_that_is_none_of_the_three_is_refused(checkpoint):
 def test_a_float_model_is_no_checkpoint(source):
     with pytest.raises(CheckpointError, match="is not quantized"):
         atomq.load(source("llama"))
-    assert not atomq.hf.is_checkpoint(source("llama"))
+    assert not atomq.checkpoints.is_checkpoint(source("llama"))
 
 
 def test_describe_states_what_the_headers_state(checkpoint):
     folder = checkpoint().path
-    facts = atomq.hf.describe(folder, check_hashes=True)
+    facts = atomq.checkpoints.describe(folder, check_hashes=True)
     stored = stored_tensors(folder)
     assert facts["size_bytes"] == sum(t.numel() * t.element_size() for t in stored.values())
     assert (facts["n_blocks"], facts["n_linears"], facts["scheme_name"]) == (2, 14, "W4A4KV4")

@@ -17,7 +17,14 @@ PACKAGE = ROOT / "atomq"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Importable from anywhere. A part is a module or package right under atomq/.
-EVERYWHERE = {"", "errors", "config", "resources", "presets"}  # "": the version in atomq/__init__.py
+EVERYWHERE = {
+    "",
+    "errors",
+    "config",
+    "resources",
+    "presets",
+    "progress",
+}  # "": the version in atomq/__init__.py
 BELOW_COMMANDS = {
     "numerics",
     "kernels",
@@ -27,7 +34,9 @@ BELOW_COMMANDS = {
     "eval",
     "block_loop",
     "pipeline",
+    "checkpoints",
     "hf",
+    "progress",
 }
 # Part -> what it may import besides its own modules and EVERYWHERE. A dotted name allows that module only.
 LAW = {
@@ -43,7 +52,9 @@ LAW = {
     "eval": {"numerics", "kernels", "models", "formats"},
     "block_loop": {"method", "models", "numerics"},
     "pipeline": {"block_loop", "models", "formats", "eval", "numerics"},
-    "hf": {"models", "formats", "numerics"},
+    "checkpoints": {"models", "formats", "numerics"},
+    "hf": {"checkpoints", "models", "formats", "numerics"},
+    "progress": set(),
     "commands": BELOW_COMMANDS,
     "cli": {"commands"},
     "__main__": {"cli"},
@@ -54,11 +65,13 @@ ALWAYS, LAZILY, TYPES = "module", "function", "typing"
 # "function" inside functions only, "typing" for type checkers only. Elsewhere: never.
 LIBRARIES = {
     "torch": dict.fromkeys(
-        ("numerics", "kernels", "method", "models", "formats", "eval", "block_loop", "pipeline", "hf"), ALWAYS
+        ("numerics", "kernels", "method", "models", "formats", "eval", "block_loop", "pipeline", "hf"),
+        ALWAYS,
     )
+    | {"checkpoints": ALWAYS}
     | {"commands": LAZILY},
     "numpy": dict.fromkeys(("kernels", "models", "eval"), ALWAYS),
-    "transformers": dict.fromkeys(("models", "hf", "pipeline", "block_loop"), ALWAYS)
+    "transformers": dict.fromkeys(("models", "hf", "checkpoints", "pipeline", "block_loop"), ALWAYS)
     | {"commands": LAZILY, "eval": TYPES},
     "huggingface_hub": {"models": ALWAYS},
     "tokenizers": {"models": ALWAYS},

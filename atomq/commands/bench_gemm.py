@@ -96,7 +96,7 @@ def _shapes(model: str, texts: list[str], checkpoint: Path | None) -> list[tuple
     from atomq.eval.gemm_bench import MODEL_SHAPES
 
     if checkpoint is not None:
-        from atomq.hf import checkpoint_shapes
+        from atomq.checkpoints import checkpoint_shapes
 
         return checkpoint_shapes(checkpoint)
     if texts:

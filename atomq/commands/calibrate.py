@@ -60,17 +60,11 @@ def command(
         if path.exists() and not overwrite:
             raise ConfigError(f"{path} exists; name another file or add --overwrite")
     from atomq import pipeline
-    from atomq.formats.channel_plot import draw_channels
 
     with console.progress("calibrate") as on_progress:
         result = pipeline.calibrate(
-            model, output, config, outliers, pipeline.choose_device(device), on_progress
+            model, output, config, outliers, pipeline.choose_device(device), on_progress, picture
         )
-    try:
-        draw_channels(picture, result.statistics, metric, n_outliers, result.facts["model"])
-    except BaseException:
-        output.unlink()  # both or neither
-        raise
     rows = [[name, *cells] for name, cells in strongest(result, metric, n_outliers)]
     if json_output:
         groups = {

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from atomq.commands import console
+from atomq.commands.opening import choose_backend, open_model
 from atomq.commands.options import BackendOption, DeviceOption, JsonOption
-from atomq.errors import ConfigError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HELP = "Perplexity of a model or checkpoint (GPTQ protocol), and the KL divergence from a baseline."
 
@@ -53,6 +50,10 @@ def command(
     tested, tokenizer = open_model(model, str(place), dtype, check_hashes=not no_check)
     choose_backend(tested, backend)
     windows = evaluation_windows(tokenizer, data, seq_len, max_windows)
+    windows.check_vocabulary(tested.config.vocab_size)
+    longest = getattr(tested.config, "max_position_embeddings", seq_len)
+    if seq_len > longest:
+        console.warn([f"windows of {seq_len} tokens are longer than the {longest} positions of the model"])
     reference = None
     if baseline is not None:
         reference, _ = open_model(baseline, str(place), dtype, check_hashes=not no_check)
@@ -88,38 +89,3 @@ def command(
         rows.insert(0, [record["baseline"], f"{result.baseline_ppl:.4f}", ""])
     title = f"{windows.corpus}: {result.n_windows} windows of {result.seq_len} tokens"
     console.print_table(title, ["model", "perplexity", "KL from baseline (nats)"], rows)
-
-
-def choose_backend(model: PreTrainedModel, backend: str) -> None:
-    """Let the kernels compute `model` if `backend` says so.
-
-    Raises:
-        ConfigError: there is no such backend.
-        KernelError: the kernels cannot run here, or do not take this model.
-    """
-    if backend not in ("simulation", "kernels"):
-        raise ConfigError(f"--backend {backend} is not one of simulation, kernels")
-    if backend == "kernels":
-        from atomq.kernels.linear import use_kernels
-
-        use_kernels(model)
-
-
-def open_model(
-    name: str, device: str, dtype: str, *, check_hashes: bool
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A checkpoint of atomq or an unquantized model, on `device`, with its tokenizer."""
-    from atomq import hf
-    from atomq.models.loading import load_float_model, load_tokenizer
-    from atomq.models.source import resolve_source
-
-    console.silence_libraries()
-    folder = Path(name)
-    if hf.is_checkpoint(folder):
-        model = hf.load(folder, device=device, dtype=dtype, check_hashes=check_hashes)
-        return model, hf.load_checkpoint_tokenizer(folder)
-    runtime_dtype = hf.runtime_dtype(dtype)
-    source = resolve_source(name)
-    model = load_float_model(source)
-    placed: Any = model
-    return placed.to(device=device, dtype=runtime_dtype), load_tokenizer(source)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from atomq.commands import console
+from atomq.commands.opening import choose_backend
 from atomq.commands.options import BackendOption, CheckpointArgument, DeviceOption, JsonOption
 from atomq.errors import ConfigError
 
@@ -28,19 +29,18 @@ def command(
     backend: BackendOption = "simulation",
     json_output: JsonOption = False,
 ) -> None:
-    if max_new_tokens < 1 or temperature < 0 or not prompt:
+    if max_new_tokens < 1 or not 0 <= temperature < float("inf") or not prompt:
         raise ConfigError("give a prompt, --max-new-tokens of at least 1 and a --temperature of at least 0")
     import torch
 
-    from atomq import hf
-    from atomq.commands.eval_ppl import choose_backend
+    from atomq import checkpoints, hf
     from atomq.pipeline import choose_device
 
     console.silence_libraries()
     place = choose_device(device)
     model = hf.load(checkpoint, device=str(place), dtype=dtype, check_hashes=not no_check)
     choose_backend(model, backend)
-    tokenizer = hf.load_checkpoint_tokenizer(checkpoint)
+    tokenizer = checkpoints.load_checkpoint_tokenizer(checkpoint)
     if chat and not tokenizer.chat_template:
         raise ConfigError(f"{checkpoint.name} has no chat template; leave --chat away")
     inputs: Any

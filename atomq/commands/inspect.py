@@ -19,7 +19,7 @@ def command(
     ] = False,
     json_output: JsonOption = False,
 ) -> None:
-    from atomq.hf import describe
+    from atomq.checkpoints import describe
 
     facts = describe(checkpoint, check_hashes=check)
     if json_output:

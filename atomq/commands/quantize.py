@@ -73,6 +73,11 @@ def command(
     from atomq import pipeline
 
     config = CalibrationConfig(calib_data, n_samples, seq_len, seed)
+    if not recipe.needs_calibration and config != CalibrationConfig():
+        raise ConfigError(
+            f"preset {preset} with these settings looks at no activations; "
+            f"leave --calib-data, --n-samples, --seq-len and --seed away"
+        )
     with console.progress("quantize") as on_progress:
         result = pipeline.quantize(
             model,
@@ -85,8 +90,6 @@ def command(
             overwrite,
         )
     console.warn(result.summary["warnings"])
-    if not recipe.needs_calibration and config != CalibrationConfig():
-        console.warn([f"preset {preset} looks at no activations; the calibration text was not read"])
     if json_output:
         console.print_json({"out": str(out), **result.summary})
     else:
@@ -108,7 +111,11 @@ def build_recipe(
         name, separator, value = setting.partition("=")
         if not separator:
             raise ConfigError(f"--set {setting} must look like NAME=VALUE, such as --set weights.n_bits=3")
+        if name in assignments:
+            raise ConfigError(f"{name} is given twice on the command line; give it once")
         assignments[name] = value
+    if short.get("n_outliers"):  # outliers are chosen, unless the original order is asked for
+        assignments.setdefault("outliers.reorder", True)
     return override(find_preset(preset), assignments)
 
 

@@ -11,7 +11,10 @@ from atomq.commands import console
 from atomq.commands.options import CheckpointArgument, DeviceOption, JsonOption
 from atomq.errors import VerificationError
 
-HELP = "Prove a checkpoint: integrity, then every linear through the GPU kernels against exact arithmetic."
+HELP = (
+    "Check a checkpoint: integrity, then every linear against exact integer arithmetic on its stored codes. "
+    "On a GPU the kernels compute, elsewhere the float32 simulation; the result says which."
+)
 
 
 def command(
@@ -20,13 +23,13 @@ def command(
     device: DeviceOption = "auto",
     json_output: JsonOption = False,
 ) -> None:
-    from atomq import hf
+    from atomq import checkpoints, hf
     from atomq.eval.verify import TOLERANCE, verify_linears
     from atomq.pipeline import choose_device
 
     place = choose_device(device)
     console.silence_libraries()
-    hf.describe(checkpoint, check_hashes=True)
+    checkpoints.open_checkpoint(checkpoint, check_hashes=True)
     model = hf.load(checkpoint)
     with console.progress("verify") as on_progress:
         verdicts = verify_linears(model, place, on_progress)

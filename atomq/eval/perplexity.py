@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from atomq.errors import AtomqError
+from atomq.errors import AtomqError, ConfigError
 from atomq.eval.windows import TokenWindows
 
 _CHUNK_ELEMENTS = 2**25  # float32 log-probabilities held at once for each model: 128 MiB
@@ -132,7 +132,7 @@ def _mean_nll(logits: torch.Tensor, targets: torch.Tensor) -> float:
 def _mean_kl(reference: torch.Tensor, logits: torch.Tensor) -> float:
     """Mean KL(P_reference || P_logits) in nats over the rows of two [P, vocab]."""
     if reference.shape != logits.shape:
-        raise AtomqError(
+        raise ConfigError(
             f"the baseline predicts {reference.shape[-1]} tokens and the model {logits.shape[-1]}; "
             "their KL divergence needs one vocabulary: give the unquantized model as baseline"
         )

@@ -8,7 +8,6 @@ against the oracle of `numerics.exact`, elsewhere the float32 simulation is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +19,7 @@ from atomq.numerics.activations import QuantizedActivations, quantize_activation
 from atomq.numerics.exact import exact_outputs
 from atomq.numerics.groups import spread_groups
 from atomq.numerics.linear import QuantizedLinear
+from atomq.progress import OnProgress
 
 N_TOKENS = (1, 33)
 OUTLIER_GAIN = 30.0
@@ -49,17 +49,15 @@ class LinearVerdict:
         return self.error <= TOLERANCE and self.n_wrong_codes == 0
 
 
-def verify_linears(
-    model: nn.Module, device: torch.device, on_linear: Callable[[int, int, str], None]
-) -> list[LinearVerdict]:
-    """Check every quantized linear of a loaded checkpoint on `device`; `on_linear` hears of the progress."""
+def verify_linears(model: nn.Module, device: torch.device, on_progress: OnProgress) -> list[LinearVerdict]:
+    """Check every quantized linear of a loaded checkpoint on `device`; telling `on_progress` of each."""
     linears = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     verdicts = []
     for index, (name, linear) in enumerate(linears.items()):
-        on_linear(index, len(linears), name)
+        on_progress(index, len(linears), name)
         verdicts.append(verify_linear(name, linear.to(device), seed=index))
         linear.cpu()
-    on_linear(len(linears), len(linears), "done")
+    on_progress(len(linears), len(linears), "done")
     return verdicts
 
 

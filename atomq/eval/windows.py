@@ -16,12 +16,12 @@ from typing import Any, Protocol
 
 import torch
 
-from atomq.errors import CalibrationDataError, ConfigError
+from atomq.errors import CalibrationDataError, ConfigError, UnsupportedModelError
 from atomq.eval.corpora import DOCUMENT_JOINER, Corpus, load_corpus
 
 _BUILTIN_SEQ_LEN = 512
 _SEQ_LEN = 2048
-_N_SAMPLES = 128
+DEFAULT_SAMPLES = 128
 _C4_EVALUATION_WINDOWS = 256
 _C4_EVALUATION_SEED = 0
 
@@ -64,6 +64,19 @@ class TokenWindows:
     def n_tokens(self) -> int:
         return self.token_ids.numel()
 
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Refuse token ids that a model of `vocab_size` embeddings does not have.
+
+        Raises:
+            UnsupportedModelError: the tokenizer is not this model's.
+        """
+        largest = int(self.token_ids.max())
+        if largest >= vocab_size:
+            raise UnsupportedModelError(
+                f"the tokenizer gives token {largest}, but the model has {vocab_size} embeddings; "
+                f"the tokenizer is another model's: put the right one beside the weights"
+            )
+
     @property
     def data_hash(self) -> str:
         """sha256 of the ids as little-endian int64, row after row."""
@@ -102,7 +115,7 @@ def calibration_windows(
     _check_sizes(seq_len, "n_samples", n_samples)
     corpus = load_corpus(data, "calibration")
     if data == "c4":
-        rows = _draw_from_documents(tokenizer, corpus, n_samples or _N_SAMPLES, seq_len, seed)
+        rows = _draw_from_documents(tokenizer, corpus, n_samples or DEFAULT_SAMPLES, seq_len, seed)
         return _windows(corpus, rows, seed)
 
     ids = _tokenize(tokenizer, DOCUMENT_JOINER.join(corpus.documents))
@@ -117,7 +130,9 @@ def calibration_windows(
         starts = [i * n_whole // n_samples * seq_len for i in range(n_samples)]
         return _windows(corpus, _cut(ids, starts, seq_len))
     generator = random.Random(seed)
-    starts = [_draw_start(generator, len(ids), seq_len) for _ in range(n_samples or min(_N_SAMPLES, n_whole))]
+    starts = [
+        _draw_start(generator, len(ids), seq_len) for _ in range(n_samples or min(DEFAULT_SAMPLES, n_whole))
+    ]
     return _windows(corpus, _cut(ids, starts, seq_len), seed)
 
 

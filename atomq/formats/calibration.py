@@ -79,7 +79,8 @@ def read_calibration(path: Path, key: CalibrationKey) -> dict[str, ChannelStatis
         ]
         if differing:
             raise CheckpointError(
-                f"{path.name} was made for other settings: {'; '.join(differing)}; run atomq calibrate again"
+                f"{path.name} was made for other settings: {'; '.join(differing)}; give quantize the model, "
+                f"--calib-data, --n-samples, --seq-len, --seed and outliers of calibrate, or calibrate again"
             )
         names = [name.removesuffix(".hessian") for name in file.keys() if name.endswith(".hessian")]  # noqa: SIM118
         statistics = {}

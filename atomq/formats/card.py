@@ -21,7 +21,7 @@ def model_card(source_name: str, recipe: Recipe, bits: dict[str, float], version
     return f"""---
 base_model: {json.dumps(source_name)}
 library_name: transformers
-tags: [atomq, quantized, int4]
+tags: [atomq, quantized]
 ---
 # {source_name}, {scheme_name(scheme)} by atomq
 
@@ -38,8 +38,9 @@ every file are in `manifest.json`.
 
 ## Load it
 
+With atomq installed (its repository says how):
+
 ```
-pip install atomq
 atomq generate THIS_FOLDER "Once upon a time"
 atomq eval-ppl THIS_FOLDER
 ```

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from atomq.formats.files import write_file
 from atomq.numerics.channels import ChannelStatistics
 
 N_BLOCKS_SHOWN = 6
 
 
 def draw_channels(
-    path: Path, statistics: Mapping[str, ChannelStatistics], metric: str, n_outliers: int, title: str
-) -> None:
+    statistics: Mapping[str, ChannelStatistics], metric: str, n_outliers: int, title: str, kind: str
+) -> bytes:
     """Draw root-mean-square (metric hessian) or mean (abs_mean) magnitudes; one row per group, one column
     per block.
 
-    At most N_BLOCKS_SHOWN blocks are shown, spread evenly from the first to the last. PNG or SVG by `path`'s
-    ending; equal inputs give equal bytes.
+    At most N_BLOCKS_SHOWN blocks are shown, spread evenly from the first to the last. `kind` is
+    "png" or "svg"; equal inputs give equal bytes.
     """
     by_block: dict[str, dict[str, ChannelStatistics]] = {}
     for name, entry in statistics.items():
@@ -53,13 +51,13 @@ def draw_channels(
                 axis.set_title(block, fontsize=8)
             if column == 0:
                 axis.set_ylabel(group, fontsize=7)
-    kind = "root mean square" if metric == "hessian" else "largest mean magnitude"
-    figure.suptitle(f"{title}: {kind} of each input channel; red: {n_outliers} outliers", fontsize=9)
+    magnitude = "root mean square" if metric == "hessian" else "largest mean magnitude"
+    figure.suptitle(f"{title}: {magnitude} of each input channel; red: {n_outliers} outliers", fontsize=9)
     buffer = io.BytesIO()
     with mpl.rc_context({"svg.hashsalt": "atomq"}):
-        metadata: dict[str, str | None] = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-        figure.savefig(buffer, format=path.suffix[1:], dpi=130, metadata=metadata)
-    write_file(path, buffer.getvalue())
+        metadata: dict[str, str | None] = {"Date": None} if kind == "svg" else {"Software": None}
+        figure.savefig(buffer, format=kind, dpi=130, metadata=metadata)
+    return buffer.getvalue()
 
 
 def _split(name: str) -> tuple[str, str]:

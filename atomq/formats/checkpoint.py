@@ -8,7 +8,9 @@ versions.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -72,11 +74,17 @@ class CheckpointWriter:
 
     def __enter__(self) -> CheckpointWriter:
         try:
-            if self.folder.exists():
-                shutil.rmtree(self.folder)
-            self.folder.mkdir(parents=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.folder, os.O_RDONLY)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, whatever ends it
+            for leftover in self.folder.iterdir():  # of a run that was killed
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"another process is writing {self.out}; wait for it, or name another folder"
+            ) from error
         except OSError as error:
-            remove_empty(self._new_folders)
+            remove_empty([self.folder, *self._new_folders])
             raise StorageError(f"cannot write {self.folder}: {error.strerror or error}") from error
         return self
 
@@ -85,6 +93,7 @@ class CheckpointWriter:
     ) -> None:
         if self.folder.exists():
             shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self._lock)
         if not self.out.exists():
             remove_empty(self._new_folders)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from atomq.config import QuantScheme, from_dict, to_dict
+from atomq.config import FLOAT_BITS, QuantScheme, from_dict, to_dict
 from atomq.errors import CheckpointError, ConfigError
 from atomq.models.families import LinearGroup, LinearShape, ModelFamily
 from atomq.numerics.linear import TensorSpec, linear_specs
@@ -138,7 +138,7 @@ def effective_bits(scheme: QuantScheme, shapes: Mapping[str, LinearShape], head_
     n_weights = sum(shape.n_out * shape.n_in for shape in shapes.values())
     inputs = [shape.n_in for shape in shapes.values()]
     activation_bits = sum(_activation_bits(scheme, n_in) for n_in in inputs)
-    kv_bits = scheme.kv.n_bits + (32 / head_dim if scheme.kv.n_bits < 16 else 0)
+    kv_bits = scheme.kv.n_bits + (32 / head_dim if scheme.kv.n_bits < FLOAT_BITS else 0)
     return {
         "weight": 8 * code_bytes(scheme, shapes) / n_weights,
         "activation": activation_bits / sum(inputs),
@@ -149,7 +149,7 @@ def effective_bits(scheme: QuantScheme, shapes: Mapping[str, LinearShape], head_
 def _activation_bits(scheme: QuantScheme, n_in: int) -> float:
     """Bits of one token's input of width `n_in`: codes, float32 scales (or base and factors), outliers."""
     activations, outliers = scheme.activations, scheme.outliers
-    if activations.n_bits == 16:
+    if activations.n_bits == FLOAT_BITS:
         return 16.0 * n_in
     n_normal = n_in - outliers.n_outliers
     n_groups = -(-n_normal // (activations.group_size or n_normal))

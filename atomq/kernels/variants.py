@@ -5,7 +5,7 @@ No GPU is needed. One entry stands for each template: each prologue, each engine
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from atomq.kernels import gemm_tiles
 from atomq.kernels.activations import Prologue
 from atomq.kernels.gemm_tiles import Engine
 from atomq.kernels.loader import ARCHITECTURES, compile_for
+from atomq.progress import OnProgress
 
 HOPPER = "sm_90a"
 NATIVE_INT4 = ("sm_80", "sm_86", "sm_89")  # from sm_90 on INT4 mma is emulated, and never built
@@ -36,7 +37,7 @@ class Variant:
         return {**vars(self), "defines": dict(self.defines)}
 
 
-def compile_variants(on_progress: Callable[[float, int, str], None]) -> Iterator[Variant]:
+def compile_variants(on_progress: OnProgress) -> Iterator[Variant]:
     """Compile all variants, telling `on_progress` of each.
 
     Raises:

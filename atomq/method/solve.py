@@ -2,8 +2,8 @@
 
 A Hessian of fewer tokens than channels has no full rank: GPTQ then fits the tokens it saw and may lose to
 plain rounding on all others. In that case a quarter of the tokens is held out, GPTQ at several dampings and
-rounding are compared on them, and the best is taken; so the result is never worse than rounding on tokens it
-was not fitted to.
+rounding are compared on them by the error of the whole group, and the best is taken; GPTQ is then solved once
+more with all tokens. Below LEAST_TOKENS there is nothing to judge by, and weights are rounded.
 """
 
 from __future__ import annotations

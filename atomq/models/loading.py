@@ -136,9 +136,9 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(
             source.path, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:
         raise UnsupportedModelError(
-            f"{source.name}: the tokenizer cannot be read: {_one_line(error)}"
+            f"{source.name}: the tokenizer cannot be read: {_one_line(error)}; fetch its files again"
         ) from error
     return tokenizer
 
@@ -156,7 +156,7 @@ def write_companions(source: ModelSource, folder: Path) -> None:
     """
     try:
         if source.kind == "gguf":
-            load_tokenizer(source).save_pretrained(folder)
+            _save_tokenizer(load_tokenizer(source), folder)
             _generation_config(source, load_config(source)).save_pretrained(folder)
             return
         for pattern in _COMPANIONS:
@@ -167,6 +167,13 @@ def write_companions(source: ModelSource, folder: Path) -> None:
                     shutil.copyfile(file, folder / file.name)
     except OSError as error:
         raise StorageError(f"the tokenizer's files cannot be written to {folder}: {error}") from error
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        raise StorageError(f"the tokenizer cannot be written to {folder}: {_one_line(error)}") from error
 
 
 def load_config(source: ModelSource) -> PreTrainedConfig:
@@ -238,8 +245,8 @@ def _rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype, source: ModelS
     rounded = tensor.to(dtype).float()
     if not rounded.isfinite().all():
         raise UnsupportedModelError(
-            f"{source.name}: {name} reaches {tensor.abs().max().item():.3g}, beyond the range of {dtype}; "
-            f"store as bfloat16 instead"
+            f"{source.name}: {name} reaches {tensor.abs().max().item():.3g}, beyond the range of {dtype}, "
+            f"in which it would be stored; give the model as safetensors in bfloat16 or float32"
         )
     return rounded
 
@@ -279,7 +286,9 @@ def _copy_without_paths(file: Path, target: Path) -> None:
     except ValueError as error:
         raise UnsupportedModelError(f"{file.name} cannot be read: {error}") from error
     leaks = [
-        key for key, value in content.items() if key.endswith(("_file", "name_or_path")) and _is_path(value)
+        key
+        for key, value in content.items()
+        if key.endswith(("_file", "name_or_path")) and is_local_path(value)
     ]
     if not leaks:
         shutil.copyfile(file, target)
@@ -288,7 +297,7 @@ def _copy_without_paths(file: Path, target: Path) -> None:
     target.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _is_path(value: object) -> bool:
+def is_local_path(value: object) -> bool:
     """Whether `value` names a place on some machine, rather than a hub id or a plain file name."""
     if not isinstance(value, str):
         return False

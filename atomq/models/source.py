@@ -60,7 +60,13 @@ def resolve_source(model: str) -> ModelSource:
         UnsupportedModelError: nothing is there, it cannot be fetched, it is not whole (no config.json,
             no safetensors, an index that names an absent file), or it is quantized already.
     """
-    path = Path(model).expanduser()
+    try:
+        path = Path(model).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"{model!r} is no usable path: {error}; give a shorter or other name"
+        ) from error
     name = Path(os.path.abspath(path)).name or "model"  # not resolve(): keep the name of a link
     if path.is_file():
         if path.suffix.lower() != ".gguf":

@@ -96,7 +96,7 @@ def test_each_difference_of_the_key_is_named_with_both_values(path, field):
         read_calibration(path, wanted)
     value = list(OTHER[field]) if field == "transforms" else OTHER[field]
     have = [] if field == "transforms" else getattr(KEY, field)
-    assert f"settings: {field} is {have!r} but {value!r} is needed; run atomq calibrate again" in str(
+    assert f"settings: {field} is {have!r} but {value!r} is needed; give quantize the model" in str(
         caught.value
     )
 
@@ -212,6 +212,6 @@ def test_an_artefact_of_other_inputs_is_refused(tiny_dir, real, tmp_path, differ
     model = save_tiny_model(tmp_path / "other", seed=1) if difference == "model" else tiny_dir
     scheme = "e4m3 outliers" if difference == "metric" else "atom"  # the first goes by abs_mean
     n_samples = 3 if difference == "text" else 4
-    with pytest.raises(CheckpointError, match=rf"{field} is \S+ but \S+ is needed; run"):
+    with pytest.raises(CheckpointError, match=rf"{field} is \S+ but \S+ is needed; give quantize the model"):
         quantize_tiny(model, tmp_path / "OUT", scheme, n_samples=n_samples, calibration_file=real)
     assert not (tmp_path / "OUT").exists()

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_checkpoints import change_json, change_tensor, quantize_tiny, rehash, stored_tensors
 
+import atomq.checkpoints
 import atomq.hf
 from atomq.errors import CheckpointError, ConfigError, StorageError
 from atomq.formats import checkpoint as module
@@ -409,7 +410,7 @@ def test_a_tensor_of_another_dtype_or_shape_is_refused_although_the_manifest_agr
 ):
     change_tensor(real, f"{NAME}.{suffix}", lambda t: change(t).contiguous())
     check_files(real, hashes=True)
-    for open_it in (atomq.hf.load, lambda folder: atomq.hf.describe(folder, check_hashes=True)):
+    for open_it in (atomq.hf.load, lambda folder: atomq.checkpoints.describe(folder, check_hashes=True)):
         with pytest.raises(CheckpointError, match=words):
             open_it(real)
 
@@ -462,10 +463,24 @@ def test_a_scheme_that_the_tensors_do_not_fit_is_refused(real, path, value, word
     with pytest.raises(CheckpointError, match=words):
         atomq.hf.load(real)
     with pytest.raises(CheckpointError, match=words):
-        atomq.hf.describe(real, check_hashes=True)
+        atomq.checkpoints.describe(real, check_hashes=True)
 
 
 def test_a_whole_checkpoint_passes_every_check(real):
     rehash(real)
     assert check_files(real, hashes=True) == len(read_manifest(real)["files"])
     atomq.hf.load(real, check_hashes=True)
+
+
+def test_a_second_writer_of_the_same_folder_is_refused_while_the_first_one_lives(tmp_path):
+    out = tmp_path / "out"
+    with CheckpointWriter(out, overwrite=False) as first:
+        first.write_shard(1, {"a": torch.zeros(2)})
+        with (
+            pytest.raises(ConfigError, match=r"another process is writing .*out; wait for it"),
+            CheckpointWriter(out, overwrite=False),
+        ):
+            pass
+        assert list(first.folder.iterdir())  # untouched
+    with CheckpointWriter(out, overwrite=False) as next_one:
+        assert not list(next_one.folder.iterdir())
