@@ -84,7 +84,7 @@ def _quantize_groups(
     grid = CodeGrid.of(scheme.number_format, scheme.n_bits, scheme.symmetric)
     grouped = split_groups(x, scheme.group_size)  # (..., G, group)
     if not scheme.symmetric:
-        low, high = grouped.aminmax(dim=-1)
+        low, high = grouped.amin(-1), grouped.amax(-1)
         scales, zeros = asymmetric_scales(low, high, scheme.clip_ratio, scheme.n_bits)
         codes = grid.round(grouped / scales.unsqueeze(-1), zeros.unsqueeze(-1))
         return codes, scales, zeros

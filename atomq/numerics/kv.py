@@ -36,7 +36,7 @@ def quantize_heads(x: torch.Tensor, scheme: KVScheme) -> QuantizedHeads:
     x = x.to(compute_dtype(x.dtype))
     if scheme.rotation == "hadamard":
         x = transform_blocks(x)
-    low, high = x.aminmax(dim=-1)
+    low, high = x.amin(-1), x.amax(-1)  # aminmax has no derivative in every torch
     low, high = low * scheme.clip_ratio, high * scheme.clip_ratio
     scales = _round_f16(divide(high - low, 2**scheme.n_bits - 1))
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
