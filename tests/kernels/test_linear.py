@@ -41,7 +41,7 @@ def _twins(monkeypatch):
 
 
 def quantized_block(settings):
-    """A block with linears of 448 and 320 inputs, 40 of them outliers: short last groups, odd panels, biases."""
+    """A block with linears of 448 and 320 inputs, 40 of them outliers: short last groups, biases."""
     model = make_tiny_model(
         "llama-mha-bias", hidden_size=448, intermediate_size=320, num_attention_heads=7, num_key_value_heads=7
     )
