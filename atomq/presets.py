@@ -27,6 +27,17 @@ PRESETS: dict[str, Recipe] = {
         ),
         SolverConfig(method="gptq", clip_ratio=0.85, scale_span="half", damp_frac=0.01),
     ),
+    # The same bits and kernels as `atom`, with the levers that were measured to pay (docs/method.md).
+    "atomq": Recipe(
+        QuantScheme(
+            WeightScheme(n_bits=4, group_size=128, channel_group=2),
+            ActivationScheme(n_bits=4, group_size=128, clip_ratio=0.9),
+            OutlierScheme(n_outliers=128, precision="int8", metric="hessian", reorder=True),
+            KVScheme(n_bits=4, rotation="hadamard"),
+            transform="hadamard",
+        ),
+        SolverConfig(method="gptq", clip_search="hessian"),
+    ),
     # The plain baseline: what W4A4 costs without any of the method. Needs no calibration.
     "rtn": Recipe(
         QuantScheme(WeightScheme(n_bits=4, group_size=128), ActivationScheme(n_bits=4, group_size=128)),
@@ -46,6 +57,7 @@ PRESETS: dict[str, Recipe] = {
 
 PRESET_HELP = {
     "atom": "the Atom paper's W4A4KV4: groups of 128, 128 INT8 outlier channels, GPTQ",
+    "atomq": "the same bits, about half the loss: Hadamard in groups and heads, searched clips",
     "rtn": "W4A4 rounded to nearest, no outliers: the baseline; no calibration",
     "w4a16": "INT4 weights in groups of 128 by GPTQ, 16-bit activations",
     "w8a8": "INT8 per row and per token, rounded to nearest; no calibration",

@@ -368,3 +368,12 @@ def test_every_preset_has_a_line_of_help_and_an_unknown_one_is_refused_with_the_
 def test_configurations_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         PRESETS["atom"].scheme.weights.n_bits = 3
+
+
+def test_preset_atomq_takes_no_more_bits_than_atom():
+    from atomq.formats.schema import effective_bits
+    from atomq.models.families import LinearShape
+
+    shapes = {"a": LinearShape(576, 576, False), "b": LinearShape(576, 1536, False)}
+    bits = {name: effective_bits(PRESETS[name].scheme, shapes, 64) for name in ("atom", "atomq")}
+    assert bits["atom"] == bits["atomq"]
