@@ -1,13 +1,11 @@
-"""The block loops, and the only place where the steps of the method are put in order.
+"""The block loops: a model passes block by block, with the activations of all calibration windows.
 
-`calibrate_blocks` gathers statistics of the float model. `quantize_blocks`: statistics -> permutation ->
-in-group transform -> scales and GPTQ -> pack, block by block. The Hessians of a block see the quantized
-activations and KV cache of all blocks before it and of its own (Atom section 4.3).
+`calibrate_blocks` gathers statistics of the float model. `quantize_blocks` hands one block after another
+to `block_quantizer`; each sees the quantized activations and KV cache of all blocks before it.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,33 +14,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from atomq.block_quantizer import BlockQuantizer, Clock, LinearReport
 from atomq.config import FLOAT_BITS, QuantScheme, Recipe
 from atomq.errors import AtomqError, ConfigError
-from atomq.method.hessian import HessianAccumulator
-from atomq.method.reorder import reorder_inputs, reorder_outputs
-from atomq.method.solve import SolvedLinear, solve_group
-from atomq.method.statistics import StatisticsAccumulator, channel_order
-from atomq.models.blocks import BlockInputs, InputSeen, blocks_of, capture_block_inputs, linear_shapes
-from atomq.models.families import LinearGroup, ModelFamily, find_family
-from atomq.models.quantized import attention_for, head_dim_of, install_kv_quantizer, install_linears
+from atomq.method.statistics import StatisticsAccumulator
+from atomq.models.blocks import BlockInputs, blocks_of, capture_block_inputs, linear_shapes
+from atomq.models.families import ModelFamily, find_family
+from atomq.models.quantized import attention_for, head_dim_of
 from atomq.numerics.channels import ChannelStatistics
-from atomq.numerics.linear import QuantizedLinear, transform_input
 from atomq.progress import OnProgress
 
 # Told each finished block's name and module.
 OnBlock = Callable[[str, nn.Module], None]
-
-
-@dataclass(frozen=True)
-class LinearReport:
-    """How one linear came out; see `method.solve.SolvedLinear`."""
-
-    name: str
-    method: str
-    damp_frac: float | None
-    damping_raised: bool
-    relative_error: float | None
-    n_dead: int
 
 
 @dataclass(frozen=True)
@@ -110,7 +93,7 @@ def quantize_blocks(
     check_widths(model, family, scheme)
     if recipe.needs_calibration and token_ids is None:
         raise ConfigError("this recipe looks at activations; give calibration windows")
-    clock = _Clock()
+    clock = Clock()
     if scheme.outliers.reorder and statistics is None:
         assert token_ids is not None
         statistics = calibrate_blocks(model, token_ids, device, on_progress)
@@ -128,35 +111,15 @@ def quantize_blocks(
     for index, block in enumerate(blocks):
         prefix = f"{family.blocks}.{index}"
         block.to(device)
-        linears = _prepare_block(block, prefix, family, scheme, statistics, storage_dtype)
-        install_kv_quantizer(block, family, scheme.kv, head_dim_of(model.config))
-        hessians: dict[str, HessianAccumulator] = {}
+        quantizer = BlockQuantizer(block, prefix, family, recipe, storage_dtype, clock)
+        quantizer.prepare(statistics, head_dim_of(model.config))
+
+        def within(share: float, doing: str, index: int = index) -> None:
+            on_progress(index + share, len(blocks), doing)
+
+        reports += quantizer.solve(inputs, within)
         if inputs is not None:
-            on_progress(index, len(blocks), "Hessians")
-            if recipe.solver.calibration == "block":
-                hessians = _collect_hessians(block, linears, family.groups, inputs)
-            clock.lap("hessians")
-        if scheme.weights.n_bits < FLOAT_BITS:
-            for group in family.groups:
-                if inputs is not None and recipe.solver.calibration == "sequential":
-                    hessians = _collect_hessians(block, linears, (group,), inputs)
-                    clock.lap("hessians")
-                on_progress(index + 0.5, len(blocks), f"{prefix}.{group.owner}")
-                solved = _solve(group, linears, hessians.get(group.owner), recipe)
-                reports += [
-                    LinearReport(
-                        f"{prefix}.{name}",
-                        s.method,
-                        s.damp_frac,
-                        s.damping_raised,
-                        s.relative_error,
-                        s.n_dead,
-                    )
-                    for name, s in zip(group.linears, solved, strict=True)
-                ]
-                clock.lap("solving")
-        if inputs is not None:
-            on_progress(index + 0.8, len(blocks), "forward")
+            within(0.8, "forward")
             inputs.run(block)
             if not bool(torch.isfinite(inputs.hidden).all()):
                 raise AtomqError(f"{prefix} gives values that are not finite on the calibration text")
@@ -185,91 +148,6 @@ def check_widths(model: PreTrainedModel, family: ModelFamily, scheme: QuantSchem
                 f"n_outliers {scheme.outliers.n_outliers} leaves no normal channel of the "
                 f"{width} inputs of {family.blocks}.0.{group.owner}; use at most {width - 1}"
             )
-
-
-def group_orders(statistics: dict[str, ChannelStatistics], scheme: QuantScheme) -> dict[str, torch.Tensor]:
-    """The permutation int32 [K] of every linear group, by the full name of its first linear."""
-    return {name: channel_order(s.score(scheme.outliers.metric)) for name, s in statistics.items()}
-
-
-def _prepare_block(
-    block: nn.Module,
-    prefix: str,
-    family: ModelFamily,
-    scheme: QuantScheme,
-    statistics: dict[str, ChannelStatistics] | None,
-    storage_dtype: torch.dtype,
-) -> dict[str, QuantizedLinear]:
-    """Put quantized linears with float weights, permuted and transformed, into `block`.
-
-    Weights that stay in floating point are rounded to `storage_dtype` as they will be stored.
-    """
-    if not scheme.quantizes_linears:
-        return {}
-    floats: dict[str, Any] = {name: block.get_submodule(name) for g in family.groups for name in g.linears}
-    linears = install_linears(block, family, scheme)
-    weights: dict[str, torch.Tensor] = {name: linear.weight.detach() for name, linear in floats.items()}
-    if scheme.outliers.reorder:
-        assert statistics is not None
-        own = {name: s for name, s in statistics.items() if name.startswith(f"{prefix}.")}
-        orders = group_orders(own, scheme)
-        for group in family.groups:
-            perm = orders[f"{prefix}.{group.owner}"].to(weights[group.owner].device)
-            linears[group.owner].set_perm(perm)
-            for name in group.linears:
-                weights[name] = reorder_inputs(weights[name], perm)
-            for name in group.absorbed_by:
-                bias = linears[name].bias
-                weights[name], reordered = reorder_outputs(weights[name], bias, perm)
-                if bias is not None and reordered is not None:
-                    bias.data = reordered
-    for name, linear in linears.items():
-        weight = weights[name]
-        weight = transform_input(weight, scheme) if linear.scheme.transform != "none" else weight
-        linear.set_float_weight(weight.to(storage_dtype) if scheme.weights.n_bits == FLOAT_BITS else weight)
-    return linears
-
-
-def _collect_hessians(
-    block: nn.Module,
-    linears: dict[str, QuantizedLinear],
-    groups: tuple[LinearGroup, ...],
-    inputs: BlockInputs,
-) -> dict[str, HessianAccumulator]:
-    """Hessians of the quantized inputs of `groups` by owner, from one pass as far as the last of them."""
-    n_tokens = inputs.hidden.shape[0] * inputs.hidden.shape[1]
-    hessians = {}
-    for group in groups:
-        linear = linears[group.owner]
-        width = linear.in_features
-        accumulator = HessianAccumulator(width, inputs.hidden.device, holdout=n_tokens < width)
-        hessians[group.owner] = accumulator
-        linear.observer = accumulator.add if group is not groups[-1] else _add_and_stop(accumulator)
-    inputs.observe(block)
-    for group in groups:
-        linears[group.owner].observer = None
-    return hessians
-
-
-def _add_and_stop(accumulator: HessianAccumulator) -> Callable[[torch.Tensor], None]:
-    def observe(x: torch.Tensor) -> None:
-        accumulator.add(x)
-        raise InputSeen
-
-    return observe
-
-
-def _solve(
-    group: LinearGroup,
-    linears: dict[str, QuantizedLinear],
-    hessian: HessianAccumulator | None,
-    recipe: Recipe,
-) -> list[SolvedLinear]:
-    weights = [linears[name].dense_weight(torch.float32) for name in group.linears]
-    solved = solve_group(weights, hessian, recipe.scheme, recipe.solver)
-    for name, result in zip(group.linears, solved, strict=True):
-        linears[name].set_codes(result.weight)
-    return solved
 
 
 def _watch_inputs(block: nn.Module, family: ModelFamily) -> dict[str, tuple[StatisticsAccumulator, Any]]:
@@ -332,18 +210,3 @@ def _warnings(reports: list[LinearReport], recipe: Recipe) -> tuple[str, ...]:
             f"most: {worst.name} with {worst.n_dead}"
         )
     return tuple(warnings)
-
-
-class _Clock:
-    """Adds up wall seconds per phase; on CUDA a phase ends when its work is queued, which sums up all the
-    same.
-    """
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
-        self._last = now

@@ -20,9 +20,9 @@ from atomq.block_loop import (
     QuantizationReport,
     calibrate_blocks,
     check_widths,
-    group_orders,
     quantize_blocks,
 )
+from atomq.block_quantizer import group_orders
 from atomq.config import CalibrationConfig, OutlierScheme, QuantScheme, Recipe, to_dict
 from atomq.errors import CheckpointError, ConfigError
 from atomq.eval.windows import DEFAULT_SAMPLES, TokenWindows, calibration_windows

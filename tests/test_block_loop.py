@@ -10,7 +10,7 @@ import torch
 from tiny_models import TINY_MODELS
 from tiny_models import make_tiny_model as make_wild_model
 
-import atomq.block_loop as block_loop
+import atomq.block_quantizer as block_quantizer
 from atomq.block_loop import calibrate_blocks, quantize_blocks
 from atomq.config import (
     ActivationScheme,
@@ -284,8 +284,8 @@ def spy_on_solving(monkeypatch) -> list[tuple[list[torch.Tensor], HessianAccumul
         calls.append((weights, hessian))
         return solve(weights, hessian, scheme, solver)
 
-    solve = block_loop.solve_group
-    monkeypatch.setattr(block_loop, "solve_group", spy)
+    solve = block_quantizer.solve_group
+    monkeypatch.setattr(block_quantizer, "solve_group", spy)
     return calls
 
 
@@ -383,7 +383,7 @@ def test_channels_that_are_never_active_are_counted_and_reported():
 
 
 def test_raised_damping_is_reported(monkeypatch):
-    factorize = block_loop.solve_group.__globals__["factorize_hessian"]
+    factorize = block_quantizer.solve_group.__globals__["factorize_hessian"]
 
     def with_trouble(hessian, damp_frac):
         return factorize(hessian, damp_frac * (10 if hessian.shape[0] == 80 else 1))
@@ -486,7 +486,7 @@ def test_a_deep_copy_of_a_quantized_model_computes_the_same():
 def test_in_sequence_every_group_sees_the_codes_of_those_before_it(monkeypatch):
     """So its Hessian is that of the finished block; with one pass for the block it is not."""
     seen: dict[str, dict[int, torch.Tensor]] = {}
-    original = block_loop.solve_group
+    original = block_quantizer.solve_group
     for mode in ("sequential", "block"):
         model = make_tiny_model()
         hessians: list[torch.Tensor] = []
@@ -495,7 +495,7 @@ def test_in_sequence_every_group_sees_the_codes_of_those_before_it(monkeypatch):
             hessians.append(hessian.hessian)
             return original(weights, hessian, scheme, solver)
 
-        monkeypatch.setattr(block_loop, "solve_group", solve)
+        monkeypatch.setattr(block_quantizer, "solve_group", solve)
         recipe = override(ATOM, {"solver.calibration": mode})
         family = find_family("llama")
         inputs = capture_block_inputs(model, family, TOKENS, CPU)

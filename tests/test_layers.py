@@ -33,6 +33,7 @@ BELOW_COMMANDS = {
     "formats",
     "eval",
     "block_loop",
+    "block_quantizer",
     "pipeline",
     "checkpoints",
     "hf",
@@ -50,8 +51,9 @@ LAW = {
     "models": {"numerics"},
     "formats": {"numerics", "models.families"},
     "eval": {"numerics", "kernels", "models", "formats"},
-    "block_loop": {"method", "models", "numerics"},
-    "pipeline": {"block_loop", "models", "formats", "eval", "numerics"},
+    "block_quantizer": {"method", "models", "numerics"},
+    "block_loop": {"block_quantizer", "method", "models", "numerics"},
+    "pipeline": {"block_loop", "block_quantizer", "models", "formats", "eval", "numerics"},
     "checkpoints": {"models", "formats", "numerics"},
     "hf": {"checkpoints", "models", "formats", "numerics"},
     "progress": set(),
@@ -68,7 +70,7 @@ LIBRARIES = {
         ("numerics", "kernels", "method", "models", "formats", "eval", "block_loop", "pipeline", "hf"),
         ALWAYS,
     )
-    | {"checkpoints": ALWAYS}
+    | {"checkpoints": ALWAYS, "block_quantizer": ALWAYS}
     | {"commands": LAZILY},
     "numpy": dict.fromkeys(("kernels", "models", "eval"), ALWAYS),
     "transformers": dict.fromkeys(("models", "hf", "checkpoints", "pipeline", "block_loop"), ALWAYS)

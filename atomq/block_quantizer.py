@@ -1,0 +1,193 @@
+"""What is done to one block, and the only place where the steps of the method are put in order.
+
+Permutation -> in-group transform -> Hessians -> scales and codes, group of linears by group of linears.
+The Hessians see the quantized activations and KV cache of the block itself as well (Atom section 4.3).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from atomq.config import FLOAT_BITS, QuantScheme, Recipe
+from atomq.method.hessian import HessianAccumulator
+from atomq.method.reorder import reorder_inputs, reorder_outputs
+from atomq.method.solve import SolvedLinear, solve_group
+from atomq.method.statistics import channel_order
+from atomq.models.blocks import BlockInputs, InputSeen
+from atomq.models.families import LinearGroup, ModelFamily
+from atomq.models.quantized import install_kv_quantizer, install_linears
+from atomq.numerics.channels import ChannelStatistics
+from atomq.numerics.linear import QuantizedLinear, transform_input
+
+# Told how much of the block is done, from 0 to 1, and what is being done.
+OnStep = Callable[[float, str], None]
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """How one linear came out; see `method.solve.SolvedLinear`."""
+
+    name: str
+    method: str
+    damp_frac: float | None
+    damping_raised: bool
+    relative_error: float | None
+    n_dead: int
+
+
+class Clock:
+    """Adds up wall seconds per phase; on CUDA a phase ends when its work is queued, which sums up all the
+    same.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+
+class BlockQuantizer:
+    """Quantizes `block` in place: first `prepare`, then `solve`."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        prefix: str,
+        family: ModelFamily,
+        recipe: Recipe,
+        storage_dtype: torch.dtype,
+        clock: Clock,
+    ) -> None:
+        """`prefix`: the block's full name. `storage_dtype`: of weights that stay in floating point."""
+        self.block, self.prefix, self.family, self.recipe = block, prefix, family, recipe
+        self.clock = clock
+        self._storage_dtype = storage_dtype
+        self._linears: dict[str, QuantizedLinear] = {}
+
+    def prepare(self, statistics: dict[str, ChannelStatistics] | None, head_dim: int) -> None:
+        """Put quantized linears with float weights, permuted and transformed, and the KV quantizer into the
+        block. `statistics` by full name, needed if the recipe reorders.
+        """
+        self._linears = _prepare_block(
+            self.block, self.prefix, self.family, self.recipe.scheme, statistics, self._storage_dtype
+        )
+        install_kv_quantizer(self.block, self.family, self.recipe.scheme.kv, head_dim)
+
+    def solve(self, inputs: BlockInputs | None, on_step: OnStep) -> list[LinearReport]:
+        """Find the codes of every linear; without `inputs` by rounding to nearest."""
+        scheme, solver, groups = self.recipe.scheme, self.recipe.solver, self.family.groups
+        reports: list[LinearReport] = []
+        hessians: dict[str, HessianAccumulator] = {}
+        if inputs is not None:
+            on_step(0.0, "Hessians")
+            if solver.calibration == "block":
+                hessians = _collect_hessians(self.block, self._linears, groups, inputs)
+            self.clock.lap("hessians")
+        if scheme.weights.n_bits == FLOAT_BITS:
+            return reports
+        for group in groups:
+            if inputs is not None and solver.calibration == "sequential":
+                hessians = _collect_hessians(self.block, self._linears, (group,), inputs)
+                self.clock.lap("hessians")
+            on_step(0.5, f"{self.prefix}.{group.owner}")
+            reports += self._solve_group(group, hessians.get(group.owner))
+            self.clock.lap("solving")
+        return reports
+
+    def _solve_group(self, group: LinearGroup, hessian: HessianAccumulator | None) -> list[LinearReport]:
+        weights = [self._linears[name].dense_weight(torch.float32) for name in group.linears]
+        solved = solve_group(weights, hessian, self.recipe.scheme, self.recipe.solver)
+        for name, result in zip(group.linears, solved, strict=True):
+            self._linears[name].set_codes(result.weight)
+        return [
+            _report(f"{self.prefix}.{name}", result)
+            for name, result in zip(group.linears, solved, strict=True)
+        ]
+
+
+def _report(name: str, solved: SolvedLinear) -> LinearReport:
+    return LinearReport(
+        name, solved.method, solved.damp_frac, solved.damping_raised, solved.relative_error, solved.n_dead
+    )
+
+
+def group_orders(statistics: dict[str, ChannelStatistics], scheme: QuantScheme) -> dict[str, torch.Tensor]:
+    """The permutation int32 [K] of every linear group, by the full name of its first linear."""
+    return {name: channel_order(s.score(scheme.outliers.metric)) for name, s in statistics.items()}
+
+
+def _prepare_block(
+    block: nn.Module,
+    prefix: str,
+    family: ModelFamily,
+    scheme: QuantScheme,
+    statistics: dict[str, ChannelStatistics] | None,
+    storage_dtype: torch.dtype,
+) -> dict[str, QuantizedLinear]:
+    """Put quantized linears with float weights, permuted and transformed, into `block`.
+
+    Weights that stay in floating point are rounded to `storage_dtype` as they will be stored.
+    """
+    if not scheme.quantizes_linears:
+        return {}
+    floats: dict[str, Any] = {name: block.get_submodule(name) for g in family.groups for name in g.linears}
+    linears = install_linears(block, family, scheme)
+    weights: dict[str, torch.Tensor] = {name: linear.weight.detach() for name, linear in floats.items()}
+    if scheme.outliers.reorder:
+        assert statistics is not None
+        own = {name: s for name, s in statistics.items() if name.startswith(f"{prefix}.")}
+        orders = group_orders(own, scheme)
+        for group in family.groups:
+            perm = orders[f"{prefix}.{group.owner}"].to(weights[group.owner].device)
+            linears[group.owner].set_perm(perm)
+            for name in group.linears:
+                weights[name] = reorder_inputs(weights[name], perm)
+            for name in group.absorbed_by:
+                bias = linears[name].bias
+                weights[name], reordered = reorder_outputs(weights[name], bias, perm)
+                if bias is not None and reordered is not None:
+                    bias.data = reordered
+    for name, linear in linears.items():
+        weight = weights[name]
+        weight = transform_input(weight, scheme) if linear.scheme.transform != "none" else weight
+        linear.set_float_weight(weight.to(storage_dtype) if scheme.weights.n_bits == FLOAT_BITS else weight)
+    return linears
+
+
+def _collect_hessians(
+    block: nn.Module,
+    linears: dict[str, QuantizedLinear],
+    groups: tuple[LinearGroup, ...],
+    inputs: BlockInputs,
+) -> dict[str, HessianAccumulator]:
+    """Hessians of the quantized inputs of `groups` by owner, from one pass as far as the last of them."""
+    n_tokens = inputs.hidden.shape[0] * inputs.hidden.shape[1]
+    hessians = {}
+    for group in groups:
+        linear = linears[group.owner]
+        width = linear.in_features
+        accumulator = HessianAccumulator(width, inputs.hidden.device, holdout=n_tokens < width)
+        hessians[group.owner] = accumulator
+        linear.observer = accumulator.add if group is not groups[-1] else _add_and_stop(accumulator)
+    inputs.observe(block)
+    for group in groups:
+        linears[group.owner].observer = None
+    return hessians
+
+
+def _add_and_stop(accumulator: HessianAccumulator) -> Callable[[torch.Tensor], None]:
+    def observe(x: torch.Tensor) -> None:
+        accumulator.add(x)
+        raise InputSeen
+
+    return observe
