@@ -31,9 +31,11 @@ demo: $(VENV)/installed
 test: setup
 	$(BIN)/python -m pytest -m "not gpu"
 
-# Needs a CUDA device, CuPy, and whatever Python they are installed in.
+# Needs a CUDA device, CuPy, and whatever Python they are installed in. Most of the time goes into compiling
+# kernels: with pytest-xdist, PYTEST_ARGS="-n 12" shares it among processes.
+PYTEST_ARGS ?=
 test-gpu:
-	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff format --check .

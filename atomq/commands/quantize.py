@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -20,9 +20,6 @@ from atomq.commands.options import (
 from atomq.config import CalibrationConfig, Recipe, override, to_dict
 from atomq.errors import ConfigError
 from atomq.presets import DEFAULT_PRESET, PRESET_HELP, find_preset
-
-if TYPE_CHECKING:
-    from atomq.pipeline import QuantizeResult
 
 PRESETS_TEXT = "\n\n".join(f"- {name}: {text}" for name, text in PRESET_HELP.items())
 HELP = f"Quantize MODEL and write the checkpoint OUT.\n\nPresets:\n\n{PRESETS_TEXT}"
@@ -62,6 +59,12 @@ def command(
     seq_len: SeqLenOption = None,
     seed: SeedOption = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
+    check: Annotated[
+        str,
+        typer.Option(
+            help="Prove the checkpoint when it is written, as atomq verify does: auto, kernels, exact or off."
+        ),
+    ] = "auto",
     device: DeviceOption = "auto",
     json_output: JsonOption = False,
 ) -> None:
@@ -71,7 +74,11 @@ def command(
         console.print_json(to_dict(recipe))
         return
     from atomq import pipeline
+    from atomq.commands import checking
+    from atomq.eval.verify import parse_arithmetic
 
+    place = pipeline.choose_device(device)
+    arithmetic = None if check == "off" else parse_arithmetic(check, place, "off")
     config = CalibrationConfig(calib_data, n_samples, seq_len, seed)
     if not recipe.needs_calibration and config != CalibrationConfig():
         raise ConfigError(
@@ -83,17 +90,23 @@ def command(
             model,
             out,
             recipe,
-            pipeline.choose_device(device),
+            place,
             on_progress,
             config,
             calibration,
             overwrite,
         )
-    console.warn(result.summary["warnings"])
+    path, summary = result.path, result.summary
+    del result  # its model, before the checkpoint's is loaded
+    console.warn(summary["warnings"])
+    proof = None if arithmetic is None else checking.prove_and_report(path, place, arithmetic)
     if json_output:
-        console.print_json({"out": str(out), **result.summary})
+        facts = None if proof is None else proof.summary()
+        console.print_json({"out": str(out), **summary, "verification": facts})
     else:
-        _print_summary(result)
+        _print_summary(path, summary, "not asked for" if proof is None else checking.summary_line(proof))
+    if proof is not None:
+        checking.refuse_failed(proof)
 
 
 def build_recipe(
@@ -119,19 +132,19 @@ def build_recipe(
     return override(find_preset(preset), assignments)
 
 
-def _print_summary(result: QuantizeResult) -> None:
-    summary = result.summary
+def _print_summary(path: Path, summary: dict[str, Any], proof: str) -> None:
     bits, seconds = summary["effective_bits"], summary["seconds"]
     error = summary["mean_relative_error"]
     rows = [
-        ["checkpoint", str(result.path)],
+        ["checkpoint", str(path)],
         ["size", console.human_bytes(summary["size_bytes"])],
         ["  of which linears", console.human_bytes(summary["linear_bytes"])],
         ["bits per weight", f"{bits['weight']:.3f}"],
         ["bits per activation", f"{bits['activation']:.3f}"],
         ["bits per KV entry", f"{bits['kv']:.3f}"],
         ["mean output error of a linear", "not measured" if error is None else f"{100 * error:.2f} %"],
+        ["verified", proof],
         ["time", f"{seconds['total']:.1f} s"],
     ]
     console.print_table(f"{summary['model']} quantized", ["", ""], rows)
-    console.print_line(f"Measure it: atomq eval-ppl {result.path} --baseline MODEL")
+    console.print_line(f"Measure it: atomq eval-ppl {path} --baseline MODEL")

@@ -1,19 +1,22 @@
 """Proving a checkpoint: every packed linear against exact arithmetic, through the GPU kernels where there are
 any.
 
-Integrity (hashes, shapes, value ranges) comes first. Then each linear gets random inputs and inputs with
-outlier channels as calibration shows them; on a GPU the activation quantizer and the GEMM kernel are held
-against the oracle of `numerics.exact`, elsewhere the float32 simulation is.
+Integrity (hashes, shapes, value ranges) comes first and is the loader's business. Then each linear gets
+random inputs and inputs with outlier channels as calibration shows them; on a GPU the activation quantizer
+and the GEMM kernel are held against the oracle of `numerics.exact`, elsewhere the float32 simulation is.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from atomq.config import FLOAT_BITS
+from atomq.errors import ConfigError, KernelError
 from atomq.kernels.linear import KernelLinear, envelope_problem
 from atomq.numerics.activations import QuantizedActivations, quantize_activations
 from atomq.numerics.exact import exact_outputs
@@ -21,7 +24,14 @@ from atomq.numerics.groups import spread_groups
 from atomq.numerics.linear import QuantizedLinear
 from atomq.progress import OnProgress
 
+Arithmetic = Literal["auto", "kernels", "exact"]
+"""Who computes what is held against the oracle: the kernels where they can, the kernels or nobody, torch."""
+
+ARITHMETICS: tuple[Arithmetic, ...] = ("auto", "kernels", "exact")
+
+BY_KERNEL, BY_TORCH = "gpu kernel", "torch"
 N_TOKENS = (1, 33)
+N_KERNEL_TOKENS = (1, 33, 300)  # on a GPU: a tile for decoding, one for a batch, one for a prompt
 OUTLIER_GAIN = 30.0
 # Relative Frobenius error allowed for outputs in float32: what summation in another order costs.
 TOLERANCE = 1e-6
@@ -49,25 +59,105 @@ class LinearVerdict:
         return self.error <= TOLERANCE and self.n_wrong_codes == 0
 
 
-def verify_linears(model: nn.Module, device: torch.device, on_progress: OnProgress) -> list[LinearVerdict]:
-    """Check every quantized linear of a loaded checkpoint on `device`; telling `on_progress` of each."""
+@dataclass(frozen=True)
+class Verification:
+    """The verdicts on all linears of a checkpoint."""
+
+    verdicts: tuple[LinearVerdict, ...]
+
+    @property
+    def failed(self) -> list[str]:
+        """Names of the linears that do not pass."""
+        return [v.name for v in self.verdicts if not v.passed]
+
+    @property
+    def computed_by(self) -> dict[str, int]:
+        """How many linears the kernels computed, and how many torch."""
+        return dict(Counter(v.computed_by for v in self.verdicts))
+
+    def worst(self, count: int) -> list[LinearVerdict]:
+        """The verdicts with the largest errors."""
+        return sorted(self.verdicts, key=lambda v: (v.passed, -v.error))[:count]
+
+    def summary(self) -> dict[str, Any]:
+        """For JSON, without the single linears."""
+        return {
+            "computed_by": self.computed_by,
+            "tolerance": TOLERANCE,
+            "n_linears": len(self.verdicts),
+            "n_failed": len(self.failed),
+            "failed": self.failed,
+            "largest_error": max((v.error for v in self.verdicts), default=0.0),
+            "n_wrong_codes": sum(v.n_wrong_codes for v in self.verdicts),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        linears = {
+            v.name: {
+                "error": v.error,
+                "n_wrong_codes": v.n_wrong_codes,
+                "computed_by": v.computed_by,
+                "why_torch": v.reason,
+            }
+            for v in self.verdicts
+        }
+        return {**self.summary(), "linears": linears}
+
+
+def parse_arithmetic(name: str, device: torch.device, *others: str) -> Arithmetic:
+    """The arithmetic of a name given by a user, if `device` can do it; `others` are named in the error too.
+
+    Raises:
+        ConfigError: another name.
+        KernelError: kernels without a CUDA device.
+    """
+    for arithmetic in ARITHMETICS:
+        if name == arithmetic:
+            if name == "kernels" and device.type != "cuda":
+                raise KernelError("--check kernels needs a CUDA device; exact proves the codes without one")
+            return arithmetic
+    raise ConfigError(f"--check {name} is not one of {', '.join((*ARITHMETICS, *others))}")
+
+
+def verify_linears(
+    model: nn.Module, device: torch.device, on_progress: OnProgress, arithmetic: Arithmetic = "auto"
+) -> Verification:
+    """Check every quantized linear of a loaded checkpoint on `device`, telling `on_progress` of each.
+
+    A linear is on the device only while it is checked, with the linear that owns its input's order.
+
+    Raises:
+        KernelError: `arithmetic` is "kernels", and they cannot compute one of the linears.
+    """
     linears = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    if arithmetic == "kernels":
+        for name, linear in linears.items():
+            problem = envelope_problem(linear)
+            if problem:
+                raise KernelError(f"{name} cannot run on the kernels: {problem}; use --check auto")
     verdicts = []
     for index, (name, linear) in enumerate(linears.items()):
         on_progress(index, len(linears), name)
-        verdicts.append(verify_linear(name, linear.to(device), seed=index))
-        linear.cpu()
+        together = (linear, linear.order_owner)
+        for module in together:
+            module.to(device)
+        verdicts.append(verify_linear(name, linear, index, arithmetic))
+        for module in together:
+            module.cpu()
     on_progress(len(linears), len(linears), "done")
-    return verdicts
+    return Verification(tuple(verdicts))
 
 
-def verify_linear(name: str, linear: QuantizedLinear, seed: int) -> LinearVerdict:
+def verify_linear(
+    name: str, linear: QuantizedLinear, seed: int, arithmetic: Arithmetic = "auto"
+) -> LinearVerdict:
     """Check one linear on the device that it is on."""
-    on_gpu = linear.device.type == "cuda"
-    problem = envelope_problem(linear) if on_gpu else ""
-    kernel = KernelLinear(linear) if on_gpu and not problem else None
+    asks_kernels = linear.device.type == "cuda" and arithmetic != "exact"
+    problem = envelope_problem(linear) if asks_kernels else ""
+    kernel = KernelLinear(linear) if asks_kernels and not problem else None
     error, n_wrong = 0.0, 0
-    for inputs in _test_inputs(linear, seed):
+    for inputs in _test_inputs(linear, seed, N_TOKENS if kernel is None else N_KERNEL_TOKENS):
         wanted = _quantize(linear, linear.order_input(inputs))
         if kernel is None:
             outputs = linear.forward(inputs)  # not its hooks, which quantize K and V
@@ -79,7 +169,7 @@ def verify_linear(name: str, linear: QuantizedLinear, seed: int) -> LinearVerdic
         expected = exact_outputs(linear, wanted)
         distance = (outputs.double() - expected).norm() / expected.norm().clamp(min=1e-30)
         error = max(error, float(distance)) if bool(torch.isfinite(outputs).all()) else float("inf")
-    return LinearVerdict(name, "torch" if kernel is None else "gpu kernel", problem, error, n_wrong)
+    return LinearVerdict(name, BY_TORCH if kernel is None else BY_KERNEL, problem, error, n_wrong)
 
 
 def _count_wrong_codes(
@@ -105,11 +195,13 @@ def _count_wrong_codes(
     return wrong
 
 
-def _test_inputs(linear: QuantizedLinear, seed: int) -> list[torch.Tensor]:
+def _test_inputs(
+    linear: QuantizedLinear, seed: int, token_counts: tuple[int, ...] = N_TOKENS
+) -> list[torch.Tensor]:
     """Inputs float32 [T, in]: plain random ones, and ones with strong channels where the outliers lie."""
     generator = torch.Generator().manual_seed(seed)
     inputs = []
-    for n_tokens in N_TOKENS:
+    for n_tokens in token_counts:
         plain = torch.randn(n_tokens, linear.in_features, generator=generator)
         spread = torch.randn(linear.in_features, generator=generator).exp()
         n_outliers = max(1, linear.scheme.outliers.n_outliers)

@@ -109,9 +109,14 @@ class QuantizedLinear(nn.Module):
 
     def input_order(self) -> torch.Tensor:
         """int32 [in_features]: new position -> old channel, the `perm` of the group's first linear."""
-        perm = (self._owner[0] if self._owner else self)._buffers["perm"]
+        perm = self.order_owner._buffers["perm"]
         assert perm is not None
         return perm
+
+    @property
+    def order_owner(self) -> QuantizedLinear:
+        """The linear of the group that holds `perm`, if its input is reordered; else the linear itself."""
+        return self._owner[0] if self._owner else self
 
     def allocate(self, stored: Mapping[str, TensorSpec]) -> None:
         """Register empty buffers on the meta device, to be filled from a checkpoint that has such tensors."""

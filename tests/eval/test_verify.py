@@ -14,6 +14,7 @@ from atomq.config import override
 from atomq.errors import KernelError
 from atomq.eval.verify import TOLERANCE, verify_linear, verify_linears
 from atomq.kernels.linear import KernelLinear, envelope_problem, use_kernels
+from atomq.kernels.repack import CODE_BYTES
 from atomq.numerics.activations import quantize_activations
 from atomq.numerics.exact import exact_outputs
 from atomq.numerics.linear import QuantizedLinear
@@ -52,7 +53,8 @@ def first_linear(model) -> QuantizedLinear:
 @pytest.mark.parametrize("settings", RECIPES.values(), ids=RECIPES)
 def test_every_linear_of_every_scheme_is_proven_in_torch(settings):
     heard = []
-    verdicts = verify_linears(quantized(settings), torch.device("cpu"), lambda *args: heard.append(args))
+    found = verify_linears(quantized(settings), torch.device("cpu"), lambda *args: heard.append(args))
+    verdicts = found.verdicts
     assert len(verdicts) == 14
     assert all(v.passed and v.computed_by == "torch" for v in verdicts), max(v.error for v in verdicts)
     assert max(v.error for v in verdicts) > 0  # two ways of summing: not one compared with itself
@@ -152,7 +154,7 @@ def test_the_kernels_prove_a_checkpoint_and_run_a_model(mode):
         "w4a16": {"activations.n_bits": 16, "outliers.n_outliers": 0, "outliers.reorder": False},
     }[mode]
     model = quantized(settings, hidden_size=192, intermediate_size=320)
-    verdicts = verify_linears(model, torch.device("cuda"), lambda *_: None)
+    verdicts = verify_linears(model, torch.device("cuda"), lambda *_: None).verdicts
     assert {v.computed_by for v in verdicts} == {"gpu kernel"}
     assert all(v.passed for v in verdicts), [(v.name, v.error, v.n_wrong_codes) for v in verdicts]
     dtype = torch.float16 if mode == "w4a16" else torch.float32
@@ -179,6 +181,88 @@ def test_the_command_proves_a_checkpoint_and_says_what_computed_it(tmp_path, cap
     assert 0 < record["largest_error"] <= record["tolerance"]
     assert main(["verify", str(out), "--device", "cpu"]) == 0
     assert "14 of 14 linears pass (14 by torch)" in capsys.readouterr().out
+
+
+def test_quantize_ends_with_the_proof_and_keeps_it_in_the_reports(tmp_path, capsys):
+    source = save_tiny_model(tmp_path / "model")
+    out = tmp_path / "out"
+    rounded = ["quantize", str(source), str(out), "--preset", "rtn", "--group-size", "16", "--device", "cpu"]
+    assert main([*rounded, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)["verification"]
+    assert (shown["computed_by"], shown["n_failed"]) == ({"torch": 14}, 0)
+    kept = json.loads((out / "reports" / "verify.json").read_text())
+    assert kept["check"] == "auto"
+    assert kept["computed_by"] == {"torch": 14}
+    assert len(kept["linears"]) == 14
+    assert main(["verify", str(out), "--check", "exact"]) == 0  # a report is no part of the manifest
+    assert main([*rounded, "--overwrite", "--check", "exact"]) == 0
+    assert "14 of 14 linears pass (14 by torch)" in capsys.readouterr().out
+    assert main([*rounded, "--overwrite", "--check", "off"]) == 0
+    assert "not asked for" in capsys.readouterr().out
+    assert not (out / "reports" / "verify.json").exists()
+
+
+def test_quantize_ends_with_exit_code_1_where_the_proof_fails(tmp_path, capsys, monkeypatch):
+    source = save_tiny_model(tmp_path / "model")
+    out = tmp_path / "out"
+    monkeypatch.setattr("atomq.eval.verify.TOLERANCE", 1e-12)
+    assert main(["quantize", str(source), str(out), "--preset", "rtn", "--group-size", "16"]) == 1
+    assert "linears differ from exact arithmetic: model.layers.0" in capsys.readouterr().err
+    assert json.loads((out / "reports" / "verify.json").read_text())["n_failed"] > 0
+
+
+def test_a_check_that_cannot_be_made_is_refused_before_anything_is_written(tmp_path, capsys):
+    source = save_tiny_model(tmp_path / "model")
+    command = [
+        "quantize",
+        str(source),
+        str(tmp_path / "out"),
+        "--preset",
+        "rtn",
+        "--device",
+        "cpu",
+        "--check",
+    ]
+    assert main([*command, "some"]) == 2
+    assert "--check some is not one of auto, kernels, exact, off" in capsys.readouterr().err
+    assert main([*command, "kernels"]) == 1
+    assert "--check kernels needs a CUDA device" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_kernels_or_nobody_names_a_linear_that_they_do_not_take():
+    with pytest.raises(
+        KernelError, match=r"q_proj cannot run on the kernels: the kernels take weight groups"
+    ):
+        verify_linears(quantized(), torch.device("cpu"), lambda *_: None, "kernels")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("alter", ["nibble", "scale", "outlier", "order"])
+def test_a_kernel_that_reads_something_else_than_the_checkpoint_is_found(alter, monkeypatch):
+    settings = {"weights.group_size": 64, "activations.group_size": 64, "outliers.n_outliers": 16}
+    linear = first_linear(quantized(settings, hidden_size=192, intermediate_size=320)).cuda()
+    assert verify_linear("q", linear, seed=0).passed
+
+    def altered(linear):
+        kernel = KernelLinear(linear)
+        records = kernel.weight.records
+        match alter:
+            case "nibble":
+                records[0, 0, 5] ^= 0x10
+            case "scale":
+                records[0, 1, CODE_BYTES] ^= 0x10  # of the first channel, a mantissa bit
+            case "outlier":
+                records[0, -1, 0] ^= 1
+            case "order":
+                slots = kernel.order.slots
+                slots[0, [3, 4]] = slots[0, [4, 3]]
+        return kernel
+
+    monkeypatch.setattr("atomq.eval.verify.KernelLinear", altered)
+    verdict = verify_linear("q", linear, seed=0)
+    assert verdict.computed_by == "gpu kernel"
+    assert not verdict.passed
 
 
 def test_the_command_ends_with_exit_code_1_on_a_mismatch(tmp_path, capsys, monkeypatch):

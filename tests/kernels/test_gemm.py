@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import re
 import shutil
@@ -323,82 +324,93 @@ def on_gpu(engine: Engine) -> None:
         pytest.skip("no Hopper GPU here")
 
 
+@functools.cache
+def case(shape: tuple[int, ...], mode: tuple[bool, bool], n_tokens: int, *, power_of_two: bool = False):
+    """A weight, inputs and the float64 product, on the GPU; fewer tokens are the first rows of it."""
+    progressive, base_scales = mode
+    float32_scales = power_of_two or SHAPES.index(shape) % 2 == 1
+    cpu = make_weight(
+        *shape, progressive=progressive, float32_scales=float32_scales, power_of_two=power_of_two
+    )
+    weight = move(cpu, "cuda")
+    inputs = make_inputs(n_tokens, cpu, base_scales=base_scales, power_of_two=power_of_two)
+    inputs = tuple(x.cuda() for x in inputs)
+    packed = repack_weight(weight)
+    assert torch.equal(packed.records.cpu(), repack_weight(cpu).records)
+    return weight, packed, inputs, plain_product(inputs, weight)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("engine", "mode", "tile"), TEMPLATES, ids=str)
-def test_every_template_matches_the_oracle(engine, mode, tile):
+def test_every_template_matches_the_oracle_for_any_number_of_tokens(engine, mode, tile):
     on_gpu(engine)
-    progressive, base_scales = mode
     for i, shape in enumerate(SHAPES):
-        weight = make_weight(*shape, progressive=progressive, float32_scales=i % 2 == 1, device="cuda")
-        packed = repack_weight(weight)
-        cpu = move(weight, "cpu")
-        assert torch.equal(packed.records.cpu(), repack_weight(cpu).records)
-        for n_tokens in (1, 7, 17, 129):
-            inputs = make_inputs(n_tokens, cpu, base_scales=base_scales)
-            activations = move(pack_inputs(inputs, cpu), "cuda")
-            expected = plain_product(inputs, cpu).cuda()
-            out_dtype = list(TOLERANCE)[i % 3]
-            out = torch.full_like(expected, float("nan"), dtype=out_dtype)
+        weight, packed, inputs, expected = case(shape, mode, max(TOKENS))
+        out_dtype = list(TOLERANCE)[i % 3]
+        for n_tokens in TOKENS:
+            activations = pack_inputs(tuple(x[:n_tokens] for x in inputs), weight)
+            out = torch.full_like(expected[:n_tokens], float("nan"), dtype=out_dtype)
             w4a4_gemm(activations, packed, out_dtype, out=out, engine=engine, tile=tile)
-            assert error(out, expected) <= TOLERANCE[out_dtype], (shape, n_tokens, out_dtype)
+            assert error(out, expected[:n_tokens]) <= TOLERANCE[out_dtype], (shape, n_tokens, out_dtype)
             again = w4a4_gemm(activations, packed, out_dtype, engine=engine, tile=tile)
-            assert torch.equal(out, again)
+            assert torch.equal(out, again), (shape, n_tokens)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("progressive", [False, True], ids=["exact", "progressive"])
-@pytest.mark.parametrize("n_tokens", TOKENS)
-def test_any_number_of_tokens_matches_the_oracle(n_tokens, progressive):
-    weight = make_weight(520, 1408, 128, 128, progressive=progressive, device="cuda")
-    packed = repack_weight(weight)
-    activations = move(pack_inputs(make_inputs(n_tokens, weight), weight), "cuda")
-    oracle = gemm_reference.w4a4_oracle(activations, packed)
-    for out_dtype, tolerance in TOLERANCE.items():
-        assert error(w4a4_gemm(activations, packed, out_dtype), oracle) <= tolerance
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_what_the_device_picks_matches_the_oracle(mode):
+    for shape in SHAPES:
+        weight, packed, inputs, expected = case(shape, mode, max(TOKENS))
+        for n_tokens, (out_dtype, tolerance) in itertools.product(TOKENS, TOLERANCE.items()):
+            activations = pack_inputs(tuple(x[:n_tokens] for x in inputs), weight)
+            result = w4a4_gemm(activations, packed, out_dtype)
+            assert error(result, expected[:n_tokens]) <= tolerance, (shape, n_tokens, out_dtype)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("engine", [Engine.WGMMA_INT8, Engine.MMA_INT8, Engine.MMA_INT4])
-def test_powers_of_two_are_bit_exact(engine):
+@pytest.mark.parametrize(("engine", "mode", "tile"), TEMPLATES, ids=str)
+def test_powers_of_two_are_bit_exact(engine, mode, tile):
     on_gpu(engine)
-    weight = make_weight(200, 1216, 64, 64, power_of_two=True, float32_scales=True, device="cuda")
-    packed = repack_weight(weight)
-    inputs = make_inputs(33, weight, power_of_two=True)
-    activations = move(pack_inputs(inputs, weight), "cuda")
-    result = w4a4_gemm(activations, packed, torch.float32, engine=engine)
-    assert torch.equal(result.double(), gemm_reference.w4a4_oracle(activations, packed))
+    weight, packed, inputs, expected = case(SHAPES[2], mode, 300, power_of_two=True)
+    for n_tokens in (33, 300):
+        activations = pack_inputs(tuple(x[:n_tokens] for x in inputs), weight)
+        result = w4a4_gemm(activations, packed, torch.float32, engine=engine, tile=tile)
+        assert torch.equal(result.double(), expected[:n_tokens])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("engine", [Engine.WGMMA_INT8, Engine.MMA_INT8])
-def test_int8_activations_match_the_oracle(engine):
+@pytest.mark.parametrize("n_tokens", TOKENS)
+def test_int8_activations_match_the_oracle(engine, n_tokens):
     on_gpu(engine)
     weight = make_weight(203, 1000, 256, 128, device="cuda")
-    activations = move(pack_inputs(make_inputs(65, weight, n_bits=8), weight, 8), "cuda")
-    packed = repack_weight(weight)
-    oracle = gemm_reference.w4a4_oracle(activations, packed)
-    assert error(w4a4_gemm(activations, packed, torch.float32, engine=engine), oracle) <= 1e-6
+    inputs = tuple(x.cuda() for x in make_inputs(n_tokens, move(weight, "cpu"), n_bits=8))
+    result = w4a4_gemm(pack_inputs(inputs, weight, 8), repack_weight(weight), torch.float32, engine=engine)
+    assert error(result, plain_product(inputs, weight)) <= 1e-6
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("progressive", [False, True], ids=["exact", "progressive"])
-def test_one_altered_bit_is_seen(progressive):
-    weight = make_weight(130, 1344, 64, 64, progressive=progressive, device="cuda")
-    inputs = make_inputs(17, weight)
-    activations = move(pack_inputs(inputs, weight), "cuda")
-    right = w4a4_gemm(activations, repack_weight(weight), torch.float32)
+@pytest.mark.parametrize(("engine", "mode", "tile"), TEMPLATES, ids=str)
+def test_one_altered_nibble_scale_or_place_is_seen(engine, mode, tile):
+    on_gpu(engine)
+    weight, packed, inputs, _ = case(SHAPES[2], mode, 300)
+    multiply = functools.partial(w4a4_gemm, out_dtype=torch.float32, engine=engine, tile=tile)
+    activations = pack_inputs(inputs, weight)
+    right = multiply(activations, packed)
     for name, row, column in (("qweight", 77, 300), ("scales", 100, 12), ("outlier_weight", 129, 63)):
         altered = getattr(weight, name).clone()
         altered[row, column] += 1
-        wrong = w4a4_gemm(
-            activations, repack_weight(dataclasses.replace(weight, **{name: altered})), torch.float32
-        )
-        changed = (wrong != right).any(dim=0).nonzero().flatten().tolist()
-        assert changed == [row], name
-    codes, *others = inputs
-    codes[:, [5, 700]] = codes[:, [700, 5]]
-    swapped = move(pack_inputs((codes, *others), weight), "cuda")
-    assert not torch.equal(w4a4_gemm(swapped, repack_weight(weight), torch.float32), right)
+        wrong = multiply(activations, repack_weight(dataclasses.replace(weight, **{name: altered})))
+        assert (wrong != right).any(dim=0).nonzero().flatten().tolist() == [row], name
+    codes, scales, outliers, outlier_scales = inputs
+    swapped = codes.clone()
+    swapped[:, [5, 700]] = codes[:, [700, 5]]
+    wrong = multiply(pack_inputs((swapped, scales, outliers, outlier_scales), weight), packed)
+    assert not torch.equal(wrong, right)
+    longer = scales.clone()
+    longer[17, -1] *= 1.5
+    wrong = multiply(pack_inputs((codes, longer, outliers, outlier_scales), weight), packed)
+    assert (wrong != right).any(dim=1).nonzero().flatten().tolist() == [17]
 
 
 @pytest.mark.gpu
@@ -444,7 +456,7 @@ def test_the_front_refuses_operands_that_do_not_fit():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("n_tokens", [1, 8, 9, 16, 31, 64, 129])
+@pytest.mark.parametrize("n_tokens", TOKENS)
 def test_w4a16_matches_the_oracle(n_tokens, dtype):
     on_gpu(Engine.WGMMA_INT8)
     for n_channels, n_inputs, group_size in ((100, 448, 128), (203, 1536, 64), (1000, 1000, 128)):

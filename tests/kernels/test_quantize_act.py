@@ -210,7 +210,7 @@ def test_kernel_compiles_without_spilling(arch, variant):
     assert report.spill_bytes == 0, report
 
 
-N_TOKENS = (1, 2, 7, 8, 9, 129, 2300)
+N_TOKENS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 64, 127, 128, 129, 255, 256, 1000, 4096)
 
 
 @pytest.mark.gpu
@@ -220,12 +220,17 @@ def test_kernel_equals_twin_bit_for_bit(activations, gathers):
     order = make_order(activations) if gathers else None
     on_gpu = None if order is None else to_cuda(order)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        for n_tokens in N_TOKENS if activations.n_channels < 2000 else (3, 300):
-            x = make_tokens(n_tokens, activations.n_channels, seed=n_tokens, dtype=dtype)
-            expected = reference.quantize_act(x, activations, order)
-            actual = fronts.quantize_act(x.cuda(), activations, on_gpu)
-            assert torch.equal(actual.token_scales.cpu(), expected.token_scales), (dtype, n_tokens)
-            assert torch.equal(actual.codes.cpu(), expected.codes), (dtype, n_tokens)
+        counts = N_TOKENS if activations.n_channels < 2000 else (3, 300)
+        x = make_tokens(max(counts), activations.n_channels, dtype=dtype)
+        expected = reference.quantize_act(x, activations, order)
+        for n_tokens in counts:  # the first tokens, and nothing where padding ends the last eight
+            actual = fronts.quantize_act(x[:n_tokens].cuda(), activations, on_gpu)
+            for found, wanted in (
+                (actual.token_scales.cpu(), expected.token_scales),
+                (actual.codes.cpu(), expected.codes),
+            ):
+                assert torch.equal(found[:, :n_tokens], wanted[:, :n_tokens]), (dtype, n_tokens)
+                assert not found[:, n_tokens:].any(), (dtype, n_tokens)
 
 
 @pytest.mark.gpu
