@@ -61,6 +61,13 @@ def test_every_linear_of_every_scheme_is_proven_in_torch(settings):
     assert heard[-1][:2] == (14, 14)
 
 
+def test_a_checkpoint_with_a_quantized_cache_alone_has_nothing_to_prove(tmp_path, capsys):
+    source, out = save_tiny_model(tmp_path / "model"), tmp_path / "out"
+    floats = ["--preset", "rtn", "--w-bits", "16", "--a-bits", "16", "--kv-bits", "4"]
+    assert main(["quantize", str(source), str(out), *floats]) == 0
+    assert "0 of 0 linears pass (none)" in capsys.readouterr().out
+
+
 def test_a_linear_that_computes_with_another_weight_is_found():
     linear = first_linear(quantized())
     right = linear.dense_weight(torch.float32).clone()
