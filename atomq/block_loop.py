@@ -18,9 +18,10 @@ from atomq.block_quantizer import BlockQuantizer, Clock, LinearReport
 from atomq.config import FLOAT_BITS, QuantScheme, Recipe
 from atomq.errors import AtomqError, ConfigError
 from atomq.method.statistics import StatisticsAccumulator
-from atomq.models.blocks import BlockInputs, blocks_of, capture_block_inputs, linear_shapes
+from atomq.models.attention import attention_for
+from atomq.models.blocks import BlockInputs, block_groups, blocks_of, capture_block_inputs, linear_shapes
 from atomq.models.families import ModelFamily, find_family
-from atomq.models.quantized import attention_for, head_dim_of
+from atomq.models.quantized import head_dim_of
 from atomq.numerics.channels import ChannelStatistics
 from atomq.progress import OnProgress
 
@@ -60,7 +61,7 @@ def calibrate_blocks(
     for index, block in enumerate(blocks):
         on_progress(index, len(blocks), "channel statistics")
         block.to(device)
-        accumulators = _watch_inputs(block, family)
+        accumulators = _watch_inputs(block, family, token_ids.shape[1])
         inputs.run(block, _within_block(on_progress, index, len(blocks), inputs))
         for name, (accumulator, hook) in accumulators.items():
             hook.remove()
@@ -103,7 +104,7 @@ def quantize_blocks(
     if solves:
         assert token_ids is not None
         inputs = capture_block_inputs(model, family, token_ids, device)
-    model.set_attn_implementation(attention_for(scheme.kv))
+    model.set_attn_implementation(attention_for(scheme.kv, model.config))
     blocks = blocks_of(model, family)
     named = model.config.dtype  # what the weights are stored in; a model made in memory may not say
     storage_dtype = named if isinstance(named, torch.dtype) else torch.float32
@@ -139,27 +140,27 @@ def check_widths(model: PreTrainedModel, family: ModelFamily, scheme: QuantSchem
     Raises:
         ConfigError: naming the linear and the most that it allows.
     """
-    block = blocks_of(model, family)[0]
-    for group in family.groups:
-        width = block.get_submodule(group.owner).in_features
-        assert isinstance(width, int)
-        if scheme.outliers.n_outliers >= width:
+    for name, shape in linear_shapes(model, family).items():
+        if scheme.outliers.n_outliers >= shape.n_in:
             raise ConfigError(
                 f"n_outliers {scheme.outliers.n_outliers} leaves no normal channel of the "
-                f"{width} inputs of {family.blocks}.0.{group.owner}; use at most {width - 1}"
+                f"{shape.n_in} inputs of {name}; use at most {shape.n_in - 1}"
             )
 
 
-def _watch_inputs(block: nn.Module, family: ModelFamily) -> dict[str, tuple[StatisticsAccumulator, Any]]:
+def _watch_inputs(
+    block: nn.Module, family: ModelFamily, seq_len: int
+) -> dict[str, tuple[StatisticsAccumulator, Any]]:
     """Attach an accumulator to the input of each group's first linear; answer it with its hook."""
     watched = {}
-    for group in family.groups:
+    for group in block_groups(block, family):
         linear = block.get_submodule(group.owner)
         assert isinstance(linear, nn.Linear)
         accumulator = StatisticsAccumulator(linear.in_features, linear.weight.device)
 
         def watch(_module: nn.Module, args: tuple[torch.Tensor], add: Any = accumulator.add) -> None:
-            add(args[0])
+            # Some blocks flatten windows into rows.
+            add(args[0].reshape(-1, seq_len, args[0].shape[-1]))
 
         watched[group.owner] = (accumulator, linear.register_forward_pre_hook(watch))
     return watched

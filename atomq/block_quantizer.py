@@ -19,7 +19,7 @@ from atomq.method.hessian import HessianAccumulator
 from atomq.method.reorder import reorder_inputs, reorder_outputs
 from atomq.method.solve import SolvedLinear, solve_group
 from atomq.method.statistics import channel_order
-from atomq.models.blocks import BlockInputs, InputSeen
+from atomq.models.blocks import BlockInputs, InputSeen, block_groups, block_stages
 from atomq.models.families import LinearGroup, ModelFamily
 from atomq.models.quantized import install_kv_quantizer, install_linears
 from atomq.numerics.channels import ChannelStatistics
@@ -85,22 +85,25 @@ class BlockQuantizer:
 
     def solve(self, inputs: BlockInputs | None, on_step: OnStep) -> list[LinearReport]:
         """Find the codes of every linear; without `inputs` by rounding to nearest."""
-        scheme, solver, groups = self.recipe.scheme, self.recipe.solver, self.family.groups
+        scheme, solver = self.recipe.scheme, self.recipe.solver
+        stages = block_stages(self.block, self.family)
         reports: list[LinearReport] = []
         hessians: dict[str, HessianAccumulator] = {}
         if inputs is not None:
             on_step(0.0, "Hessians")
             if solver.calibration == "block":
+                groups = tuple(group for stage in stages for group in stage)
                 hessians = _collect_hessians(self.block, self._linears, groups, inputs)
             self.clock.lap("hessians")
         if scheme.weights.n_bits == FLOAT_BITS:
             return reports
-        for group in groups:
+        for stage in stages:
             if inputs is not None and solver.calibration == "sequential":
-                hessians = _collect_hessians(self.block, self._linears, (group,), inputs)
+                hessians = _collect_hessians(self.block, self._linears, stage, inputs)
                 self.clock.lap("hessians")
-            on_step(0.5, f"{self.prefix}.{group.owner}")
-            reports += self._solve_group(group, hessians.get(group.owner))
+            for group in stage:
+                on_step(0.5, f"{self.prefix}.{group.owner}")
+                reports += self._solve_group(group, hessians.pop(group.owner, None))
             self.clock.lap("solving")
         return reports
 
@@ -140,14 +143,15 @@ def _prepare_block(
     """
     if not scheme.quantizes_linears:
         return {}
-    floats: dict[str, Any] = {name: block.get_submodule(name) for g in family.groups for name in g.linears}
+    groups = block_groups(block, family)
+    floats: dict[str, Any] = {name: block.get_submodule(name) for g in groups for name in g.linears}
     linears = install_linears(block, family, scheme)
     weights: dict[str, torch.Tensor] = {name: linear.weight.detach() for name, linear in floats.items()}
     if scheme.outliers.reorder:
         assert statistics is not None
         own = {name: s for name, s in statistics.items() if name.startswith(f"{prefix}.")}
         orders = group_orders(own, scheme)
-        for group in family.groups:
+        for group in groups:
             perm = orders[f"{prefix}.{group.owner}"].to(weights[group.owner].device)
             linears[group.owner].set_perm(perm)
             for name in group.linears:

@@ -26,7 +26,7 @@ from atomq.formats.schema import (
     linear_tensors,
     parse_quantization_config,
 )
-from atomq.models.blocks import blocks_of, linear_shapes
+from atomq.models.blocks import block_groups, blocks_of, linear_shapes
 from atomq.models.families import ModelFamily
 from atomq.models.loading import empty_model, load_config, load_tokenizer
 from atomq.models.quantized import head_dim_of
@@ -120,23 +120,20 @@ def open_checkpoint(folder: Path, *, check_hashes: bool) -> Opened:
 
 def _check_family(model: PreTrainedModel, family: ModelFamily) -> None:
     """Refuse a table of linear groups that does not fit the unquantized (meta) `model`."""
-    names = [name for group in family.groups for name in group.linears]
-    absorbing = [name for group in family.groups for name in group.absorbed_by]
     try:
         blocks = model.get_submodule(family.blocks)
-        fits = (
-            family.model_type == model.config.model_type
-            and isinstance(blocks, nn.ModuleList)
-            and len(names) == len(set(names))
-            and set(absorbing) <= set(names)
-        )
+        fits = family.model_type == model.config.model_type and isinstance(blocks, nn.ModuleList)
         for block in blocks.children() if fits else ():
+            groups = block_groups(block, family)
+            names = [name for group in groups for name in group.linears]
+            absorbing = [name for group in groups for name in group.absorbed_by]
+            fits &= 0 < len(names) == len(set(names)) and set(absorbing) <= set(names)
             linears: dict[str, Any] = {name: block.get_submodule(name) for name in names}
             fits &= all(isinstance(linear, nn.Linear) for linear in linears.values())
-            for group in family.groups:
-                widths = {linears[name].in_features for name in group.linears}
-                widths |= {linears[name].out_features for name in group.absorbed_by}
-                fits &= len(widths) == 1
+            for group in groups if fits else ():
+                width = linears[group.owner].in_features
+                fits &= all(linears[name].in_features == width for name in group.linears)
+                fits &= all(linears[name].out_features % width == 0 for name in group.absorbed_by)
             for name in (family.key, family.value):
                 block.get_submodule(name)
     except AttributeError:

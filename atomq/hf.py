@@ -27,8 +27,9 @@ from atomq.checkpoints import expected_tensors, open_checkpoint
 from atomq.errors import CheckpointError, ConfigError
 from atomq.formats.checkpoint import check_tensors, read_tensors, tensor_headers
 from atomq.formats.schema import QUANT_METHOD, check_values, parse_quantization_config
+from atomq.models.attention import attention_for
 from atomq.models.blocks import blocks_of
-from atomq.models.quantized import attention_for, head_dim_of, install_kv_quantizer, install_linears
+from atomq.models.quantized import head_dim_of, install_kv_quantizer, install_linears
 from atomq.numerics.linear import QuantizedLinear
 
 _RUNTIME_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -110,8 +111,7 @@ class AtomqQuantizer(HfQuantizer):
                     if stored[suffix].dtypes[0].is_floating_point
                 }
             install_kv_quantizer(block, family, scheme.kv, head_dim_of(model.config))
-        if attention_for(scheme.kv) != "sdpa":
-            model.set_attn_implementation(attention_for(scheme.kv))
+        model.set_attn_implementation(attention_for(scheme.kv, model.config))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> PreTrainedModel:
         for name, tensor in read_tensors(self._folder, self._exact):

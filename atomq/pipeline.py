@@ -231,8 +231,7 @@ def _check_statistics(
     shapes: dict[str, LinearShape],
 ) -> None:
     """Refuse an artefact that does not hold the statistics of every linear group of the model."""
-    owners = tuple(f".{group.owner}" for group in family.groups)
-    widths = {name: shape.n_in for name, shape in shapes.items() if name.endswith(owners)}
+    widths = {name: shape.n_in for name, shape in shapes.items() if family.owns_group(name)}
     found = {name: len(s.hessian) for name, s in statistics.items() if len(s.hessian) == len(s.abs_mean)}
     wrong = [
         name for name in sorted(widths.keys() | statistics.keys()) if found.get(name) != widths.get(name)

@@ -31,6 +31,49 @@ TINY_MODELS = {
     "qwen3": ("Qwen3Config", {"head_dim": 16}),
 }
 
+_SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+_ROPE_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+# The other families, and variants whose blocks differ; tests/test_families.py takes each all the way.
+FAMILY_MODELS = TINY_MODELS | {
+    "llama-3.1": ("LlamaConfig", {"rope_parameters": _ROPE_LLAMA3}),
+    "mistral-sliding": ("MistralConfig", {"sliding_window": 8}),
+    "gemma": ("GemmaConfig", {"head_dim": 16, "tie_word_embeddings": True}),
+    "gemma2": (
+        "Gemma2Config",
+        _SLIDING
+        | {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 9.0,
+        },
+    ),
+    "gemma3": ("Gemma3TextConfig", _SLIDING | {"head_dim": 16, "query_pre_attn_scalar": 16}),
+    "granite": (
+        "GraniteConfig",
+        {"residual_multiplier": 0.5, "attention_multiplier": 0.2, "embedding_multiplier": 2.0},
+    ),
+    "olmo2": ("Olmo2Config", {}),
+    "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0], "pad_token_id": 0}),
+    "phi3": ("Phi3Config", {"pad_token_id": 0}),
+    "starcoder2": ("Starcoder2Config", {"use_bias": True}),
+    "opt": (
+        "OPTConfig",
+        {"ffn_dim": 80, "word_embed_proj_dim": 48, "pad_token_id": 0, "tie_word_embeddings": True},
+    ),
+    "opt-350m": (
+        "OPTConfig",
+        {"ffn_dim": 80, "word_embed_proj_dim": 32, "pad_token_id": 0, "do_layer_norm_before": False},
+    ),
+}
+
 
 def byte_tokenizer():
     """A tokenizer of 256 single bytes."""
@@ -45,10 +88,10 @@ def byte_tokenizer():
 
 
 def make_tiny_model(kind: str = "llama", seed: int = 0, **overrides):
-    """A two-block random model of `kind` (a key of TINY_MODELS) with a few outlier channels."""
+    """A two-block random model of `kind` (a key of FAMILY_MODELS) with a few outlier channels."""
     import transformers
 
-    config_name, settings = TINY_MODELS[kind]
+    config_name, settings = FAMILY_MODELS[kind]
     config = getattr(transformers, config_name)(**{**TINY, **settings, **overrides})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
@@ -59,6 +102,7 @@ def make_tiny_model(kind: str = "llama", seed: int = 0, **overrides):
             elif "norm" in name:
                 parameter.uniform_(0.5, 1.5)
                 parameter[3] = 12.0  # an outlier channel, as real models have them
+                parameter -= 1.0 if config.model_type.startswith("gemma") else 0.0  # they multiply by 1 + w
             else:
                 parameter.normal_(0, 0.08)
     return model.requires_grad_(False)

@@ -86,16 +86,14 @@ def linear_tensors(
     """
     if not scheme.quantizes_linears:
         return {}
-    owners = {group.owner for group in family.groups}
     tensors: dict[str, TensorSpec] = {}
     for name, shape in shapes.items():
-        relative = name.removeprefix(f"{family.blocks}.").partition(".")[2]
         specs = linear_specs(shape.n_out, shape.n_in, scheme)
         if not specs:
             specs = {"weight": TensorSpec(FLOAT_DTYPES, (shape.n_out, shape.n_in))}
         if shape.has_bias:
             specs["bias"] = TensorSpec(FLOAT_DTYPES, (shape.n_out,))
-        if scheme.outliers.reorder and relative in owners:
+        if scheme.outliers.reorder and family.owns_group(name):
             specs["perm"] = TensorSpec((torch.int32,), (shape.n_in,))
         tensors |= {f"{name}.{suffix}": spec for suffix, spec in specs.items()}
     return tensors

@@ -17,6 +17,11 @@ def reorder_inputs(weight: torch.Tensor, perm: torch.Tensor) -> torch.Tensor:
 def reorder_outputs(
     weight: torch.Tensor, bias: torch.Tensor | None, perm: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight [N, K] and bias [N] with their output channels in the order `perm` [N]."""
+    """Weight [N, K] and bias [N] with their output channels in the order `perm`.
+
+    A fused linear stacks several outputs as wide as `perm`, such as gate and up: each takes the order.
+    """
     perm = perm.to(weight.device)
+    starts = torch.arange(0, weight.shape[0], len(perm), device=perm.device)
+    perm = (starts.unsqueeze(1) + perm).flatten()  # (N,)
     return weight.index_select(0, perm), None if bias is None else bias.index_select(0, perm)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from atomq.models.families import LinearShape, ModelFamily
+from atomq.models.families import LinearGroup, LinearShape, ModelFamily
 
 TOKENS_PER_BATCH = 8192
 
@@ -59,11 +59,39 @@ def blocks_of(model: PreTrainedModel, family: ModelFamily) -> nn.ModuleList:
     return blocks
 
 
+def block_stages(block: nn.Module, family: ModelFamily) -> tuple[tuple[LinearGroup, ...], ...]:
+    """The linear groups that `block` has, in the order of computation; those of all experts make one stage.
+
+    Only a family with experts has groups that a block may lack: its blocks may be dense or sparse.
+    """
+    stages = []
+    for group in family.groups:
+        if group.routed:
+            experts = _find_module(block, group.owner.partition(".*.")[0])
+            if isinstance(experts, nn.ModuleList):
+                stages.append(tuple(group.of_expert(index) for index in range(len(experts))))
+        elif not family.has_experts or _find_module(block, group.owner) is not None:
+            stages.append((group,))
+    return tuple(stages)
+
+
+def block_groups(block: nn.Module, family: ModelFamily) -> tuple[LinearGroup, ...]:
+    """The linear groups that `block` has, in the order of computation."""
+    return tuple(group for stage in block_stages(block, family) for group in stage)
+
+
+def _find_module(block: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return block.get_submodule(name)
+    except AttributeError:
+        return None
+
+
 def linear_shapes(model: PreTrainedModel, family: ModelFamily) -> dict[str, LinearShape]:
     """Shapes of the linears of all blocks of an unquantized (or meta) model, by full name."""
     shapes = {}
     for index, block in enumerate(blocks_of(model, family)):
-        for group in family.groups:
+        for group in block_groups(block, family):
             for name in group.linears:
                 linear: Any = block.get_submodule(name)
                 full = f"{family.blocks}.{index}.{name}"

@@ -7,6 +7,7 @@ and the order of down_proj's input is absorbed by the rows of gate_proj and up_p
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from atomq.errors import UnsupportedModelError
@@ -18,9 +19,10 @@ class LinearGroup:
 
     Attributes:
         linears: names relative to the block, in the order of computation. The first one owns the
-            group's tensors on disk.
+            group's tensors on disk. A "*" stands for every expert: each has a group of its own.
         absorbed_by: linears of the same block whose output rows are stored in this group's order, so
-            that the activation arrives reordered; empty if the order is gathered at run time.
+            that the activation arrives reordered; empty if the order is gathered at run time. A fused
+            linear (gate over up) has the order in each of its parts.
         transformed: whether the scheme's in-group transform applies to this group.
     """
 
@@ -32,6 +34,19 @@ class LinearGroup:
     def owner(self) -> str:
         return self.linears[0]
 
+    @property
+    def routed(self) -> bool:
+        """Whether a router chooses the tokens that these linears see."""
+        return any(part == "*" or part.isdigit() for part in self.owner.split("."))
+
+    def of_expert(self, index: int) -> LinearGroup:
+        """The group of one expert, of a group of all of them."""
+
+        def named(names: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(name.replace(".*.", f".{index}.") for name in names)
+
+        return LinearGroup(named(self.linears), named(self.absorbed_by), self.transformed)
+
 
 @dataclass(frozen=True)
 class ModelFamily:
@@ -41,7 +56,8 @@ class ModelFamily:
         model_type: `model_type` of config.json.
         groups: the linear groups of a block, in the order of computation.
         key: the module whose output is K before RoPE (after the k norm, if the family has one).
-        value: the module whose output is V.
+        value: the module whose output is V. If it is the `key` too, the output holds the heads of Q, K
+            and V one after another.
     """
 
     model_type: str
@@ -52,6 +68,15 @@ class ModelFamily:
     final_norm: str = "model.norm"
     embeddings: str = "model.embed_tokens"
     lm_head: str = "lm_head"
+
+    @property
+    def has_experts(self) -> bool:
+        return any(group.routed for group in self.groups)
+
+    def owns_group(self, name: str) -> bool:
+        """Whether the linear of the full `name` is the first of a group."""
+        relative = name.removeprefix(f"{self.blocks}.").partition(".")[2]
+        return re.sub(r"\.\d+\.", ".*.", relative) in {group.owner for group in self.groups}
 
 
 @dataclass(frozen=True)
@@ -70,6 +95,25 @@ _LLAMA_GROUPS = (
     LinearGroup(("mlp.down_proj",), absorbed_by=("mlp.gate_proj", "mlp.up_proj")),
 )
 
+_PHI3_GROUPS = (
+    LinearGroup(("self_attn.qkv_proj",)),
+    LinearGroup(("self_attn.o_proj",)),
+    LinearGroup(("mlp.gate_up_proj",)),
+    LinearGroup(("mlp.down_proj",), absorbed_by=("mlp.gate_up_proj",)),
+)
+_STARCODER2_GROUPS = (
+    LinearGroup(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    LinearGroup(("self_attn.o_proj",)),
+    LinearGroup(("mlp.c_fc",)),
+    LinearGroup(("mlp.c_proj",), absorbed_by=("mlp.c_fc",)),
+)
+_OPT_GROUPS = (
+    LinearGroup(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    LinearGroup(("self_attn.out_proj",)),
+    LinearGroup(("fc1",)),
+    LinearGroup(("fc2",), absorbed_by=("fc1",)),
+)
+
 FAMILIES: dict[str, ModelFamily] = {
     family.model_type: family
     for family in (
@@ -77,6 +121,21 @@ FAMILIES: dict[str, ModelFamily] = {
         ModelFamily("mistral", _LLAMA_GROUPS),
         ModelFamily("qwen2", _LLAMA_GROUPS),
         ModelFamily("qwen3", _LLAMA_GROUPS, key="self_attn.k_norm"),
+        ModelFamily("gemma", _LLAMA_GROUPS),
+        ModelFamily("gemma2", _LLAMA_GROUPS),
+        ModelFamily("gemma3_text", _LLAMA_GROUPS, key="self_attn.k_norm"),
+        ModelFamily("granite", _LLAMA_GROUPS),
+        ModelFamily("olmo2", _LLAMA_GROUPS, key="self_attn.k_norm"),
+        ModelFamily("smollm3", _LLAMA_GROUPS),
+        ModelFamily("phi3", _PHI3_GROUPS, key="self_attn.qkv_proj", value="self_attn.qkv_proj"),
+        ModelFamily("starcoder2", _STARCODER2_GROUPS),
+        ModelFamily(
+            "opt",
+            _OPT_GROUPS,
+            blocks="model.decoder.layers",
+            final_norm="model.decoder.final_layer_norm",
+            embeddings="model.decoder.embed_tokens",
+        ),
     )
 }
 

@@ -25,7 +25,9 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from atomq.config import KVScheme
 from atomq.errors import ConfigError, StorageError, UnsupportedModelError
+from atomq.models.attention import attention_for
 from atomq.models.families import find_family
 from atomq.models.gguf import read_gguf
 from atomq.models.gguf_model import gguf_config, gguf_tensors
@@ -195,7 +197,7 @@ def empty_model(config: PreTrainedConfig, source: ModelSource) -> PreTrainedMode
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, attn_implementation="sdpa"
+                config, attn_implementation=attention_for(KVScheme(), config)
             )
     except (*_CONFIG_ERRORS, RuntimeError, AssertionError) as error:
         raise UnsupportedModelError(
@@ -260,7 +262,11 @@ def _filled_model(
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         return model_class.from_pretrained(
-            None, config=config, state_dict=weights, dtype=torch.float32, attn_implementation="sdpa"
+            None,
+            config=config,
+            state_dict=weights,
+            dtype=torch.float32,
+            attn_implementation=attention_for(KVScheme(), config),
         )
     finally:
         if shows_progress:

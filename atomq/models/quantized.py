@@ -12,16 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from atomq.config import FLOAT_BITS, KVScheme, QuantScheme
+from atomq.models.blocks import block_groups
 from atomq.models.families import ModelFamily
 from atomq.numerics.kv import fake_quantize_heads
 from atomq.numerics.linear import InputOrder, QuantizedLinear
-
-ATTENTION_AFTER_ROPE = "atomq_key_after_rope"
 
 
 def install_linears(block: nn.Module, family: ModelFamily, scheme: QuantScheme) -> dict[str, QuantizedLinear]:
@@ -33,7 +29,7 @@ def install_linears(block: nn.Module, family: ModelFamily, scheme: QuantScheme) 
     if not scheme.quantizes_linears:
         return {}
     installed: dict[str, QuantizedLinear] = {}
-    for group in family.groups:
+    for group in block_groups(block, family):
         of_group = scheme if group.transformed else dataclasses.replace(scheme, transform="none")
         for name in group.linears:
             linear = block.get_submodule(name)
@@ -53,15 +49,19 @@ class KVQuantizer:
     """A forward hook that gives K or V back as the quantized cache would.
 
     Attributes:
+        first_head: the heads before it are none of the cache's, and stay.
         quantize: what computes heads [..., head_dim]; torch's unless kernels take its place.
     """
 
-    def __init__(self, scheme: KVScheme, head_dim: int) -> None:
-        self.scheme, self.head_dim = scheme, head_dim
+    def __init__(self, scheme: KVScheme, head_dim: int, first_head: int = 0) -> None:
+        self.scheme, self.head_dim, self.first_head = scheme, head_dim, first_head
         self.quantize: Callable[[torch.Tensor, KVScheme], torch.Tensor] = fake_quantize_heads
 
     def __call__(self, _module: nn.Module, _inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         heads = output.reshape(*output.shape[:-1], output.shape[-1] // self.head_dim, self.head_dim)
+        if self.first_head:
+            cached = self.quantize(heads[..., self.first_head :, :], self.scheme)
+            return torch.cat((heads[..., : self.first_head, :], cached), dim=-2).reshape(output.shape)
         return self.quantize(heads, self.scheme).reshape(output.shape)
 
 
@@ -69,41 +69,25 @@ def install_kv_quantizer(block: nn.Module, family: ModelFamily, kv: KVScheme, he
     """Make `block` compute with K and V as the quantized cache gives them back.
 
     V, and K before RoPE, are quantized by hooks on the modules that make them. K after RoPE needs the model's
-    attention to be ATTENTION_AFTER_ROPE (`attention_for`). The block's attention keeps the quantizer as
+    attention to be the one that `models.attention` names. The block's attention keeps the quantizer as
     `atomq_kv`.
     """
     if kv.n_bits == FLOAT_BITS:
         return
-    quantizer = KVQuantizer(kv, head_dim)
+    attention: Any = block.get_submodule(family.key.rpartition(".")[0])
+    first_head = 0
+    if family.key == family.value:
+        config = attention.config
+        first_head = config.num_attention_heads  # of Q; then those of K, then those of V
+        first_head += config.num_key_value_heads if kv.key_position == "after_rope" else 0
+    quantizer = KVQuantizer(kv, head_dim, first_head)
     block.get_submodule(family.value).register_forward_hook(quantizer)
-    if kv.key_position == "before_rope":
+    if kv.key_position == "before_rope" and family.key != family.value:
         block.get_submodule(family.key).register_forward_hook(quantizer)
-    block.get_submodule(family.key.rpartition(".")[0]).atomq_kv = quantizer  # type: ignore[assignment]
-
-
-def attention_for(kv: KVScheme) -> str:
-    """The attention implementation that `kv` needs."""
-    after_rope = kv.n_bits < FLOAT_BITS and kv.key_position == "after_rope"
-    return ATTENTION_AFTER_ROPE if after_rope else "sdpa"
+    attention.atomq_kv = quantizer
 
 
 def head_dim_of(config: Any) -> int:
     """Channels of one attention head."""
     explicit = getattr(config, "head_dim", None)
     return int(explicit or config.hidden_size // config.num_attention_heads)
-
-
-def _attend_after_rope(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """SDPA on keys [batch, heads, tokens, head_dim] as the cache gives them back."""
-    quantizer: Any = module.atomq_kv
-    key = quantizer.quantize(key, quantizer.scheme)
-    result: tuple[torch.Tensor, torch.Tensor | None] = sdpa_attention_forward(
-        module, query, key, value, *args, **kwargs
-    )
-    return result
-
-
-AttentionInterface.register(ATTENTION_AFTER_ROPE, _attend_after_rope)
-AttentionMaskInterface.register(ATTENTION_AFTER_ROPE, sdpa_mask)

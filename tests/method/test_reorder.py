@@ -28,3 +28,12 @@ def test_rows_and_bias_move_together():
     rows, nothing = reorder_outputs(weight, None, perm)
     assert nothing is None
     assert torch.equal(rows, weight[perm.long()])
+
+
+def test_each_part_of_a_fused_linear_takes_the_order():
+    generator = torch.Generator().manual_seed(0)
+    gate, up = torch.randn(2, 5, 4, generator=generator)
+    bias, perm = torch.randn(10, generator=generator), torch.randperm(5, generator=generator).int()
+    rows, moved = reorder_outputs(torch.cat((gate, up)), bias, perm)
+    assert torch.equal(rows, torch.cat((gate[perm.long()], up[perm.long()])))
+    assert torch.equal(moved, torch.cat((bias[:5][perm.long()], bias[5:][perm.long()])))

@@ -131,7 +131,7 @@ def test_a_broken_generation_config_is_refused(folder):
 def test_a_family_that_is_not_known_is_refused_before_anything_else(folder):
     change_config(folder, model_type="gpt_oss", hidden_size="many")
     with pytest.raises(
-        UnsupportedModelError, match="'gpt_oss' is not a family that atomq knows; it knows llama"
+        UnsupportedModelError, match="'gpt_oss' is not a family that atomq knows; it knows gemma"
     ):
         load_float_model(source_of(folder))
 

@@ -9,16 +9,12 @@ import pytest
 import torch
 from tiny_models import TINY_MODELS, make_tiny_model
 from torch import nn
+from transformers import Gemma2Config, LlamaConfig
 
 from atomq.config import ActivationScheme, KVScheme, OutlierScheme, QuantScheme, WeightScheme
+from atomq.models.attention import ATTENTION_AFTER_ROPE, ATTENTION_CAPPED, attention_for
 from atomq.models.families import find_family
-from atomq.models.quantized import (
-    ATTENTION_AFTER_ROPE,
-    attention_for,
-    head_dim_of,
-    install_kv_quantizer,
-    install_linears,
-)
+from atomq.models.quantized import head_dim_of, install_kv_quantizer, install_linears
 from atomq.numerics.kv import fake_quantize_heads
 from atomq.numerics.linear import QuantizedLinear
 
@@ -79,7 +75,7 @@ def make_attention(kind: str):
 
 def attend(model, block, kv: KVScheme, hidden, positions):
     install_kv_quantizer(block, find_family(model.config.model_type), kv, head_dim_of(model.config))
-    model.set_attn_implementation(attention_for(kv))
+    model.set_attn_implementation(attention_for(kv, model.config))
     return block.self_attn(hidden, position_embeddings=positions, attention_mask=None)[0]
 
 
@@ -136,7 +132,7 @@ def test_padded_batches_give_what_their_rows_give_alone(kv):
     model = make_tiny_model("llama").double()
     for block in model.model.layers:
         install_kv_quantizer(block, find_family("llama"), kv, 12)
-    model.set_attn_implementation(attention_for(kv))
+    model.set_attn_implementation(attention_for(kv, model.config))
     tokens = torch.arange(2, 12)[None]
     padded = torch.cat((torch.zeros(1, 4, dtype=torch.long), tokens), dim=1)
     mask = (torch.arange(14) >= 4).long()[None]
@@ -147,9 +143,12 @@ def test_padded_batches_give_what_their_rows_give_alone(kv):
 
 
 def test_the_attention_of_a_scheme_is_named():
-    assert attention_for(KVScheme()) == attention_for(KVScheme(n_bits=4)) == "sdpa"
-    assert attention_for(KVScheme(n_bits=4, key_position="after_rope")) == ATTENTION_AFTER_ROPE
-    assert attention_for(KVScheme(key_position="after_rope")) == "sdpa"
+    plain, capped = LlamaConfig(), Gemma2Config(attn_logit_softcapping=50.0)
+    assert attention_for(KVScheme(), plain) == attention_for(KVScheme(n_bits=4), plain) == "sdpa"
+    assert attention_for(KVScheme(key_position="after_rope"), plain) == "sdpa"
+    assert attention_for(KVScheme(), capped) == attention_for(KVScheme(n_bits=4), capped) == ATTENTION_CAPPED
+    for config in (plain, capped):
+        assert attention_for(KVScheme(n_bits=4, key_position="after_rope"), config) == ATTENTION_AFTER_ROPE
 
 
 @pytest.mark.parametrize(
