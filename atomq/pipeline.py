@@ -29,12 +29,13 @@ from atomq.eval.windows import DEFAULT_SAMPLES, TokenWindows, calibration_window
 from atomq.formats.calibration import CalibrationKey, read_calibration, write_calibration
 from atomq.formats.card import model_card
 from atomq.formats.channel_plot import draw_channels
-from atomq.formats.checkpoint import REPORTS, CheckpointWriter
+from atomq.formats.checkpoint import REPORTS
 from atomq.formats.files import write_file, write_json
 from atomq.formats.schema import code_bytes, effective_bits, quantization_config
+from atomq.formats.writer import CheckpointWriter
 from atomq.models.blocks import linear_shapes
 from atomq.models.families import LinearShape, ModelFamily, find_family
-from atomq.models.loading import is_local_path, load_float_model, load_tokenizer, write_companions
+from atomq.models.loading import companions, is_local_path, load_float_model, load_tokenizer
 from atomq.models.quantized import head_dim_of
 from atomq.models.source import ModelSource, resolve_source, source_hash
 from atomq.numerics.channels import ChannelStatistics
@@ -180,7 +181,8 @@ def quantize(
         config.pop("_name_or_path", None)
         config = {key: value for key, value in config.items() if not is_local_path(value)}
         write_json(writer.folder / "config.json", config)
-        write_companions(source, writer.folder)
+        for name, content in companions(source).items():
+            write_file(writer.folder / name, content)
         bits = effective_bits(recipe.scheme, shapes, head_dim_of(model.config))
         card = model_card(source.name, recipe, bits, atomq.__version__)
         write_file(writer.folder / "README.md", card.encode())

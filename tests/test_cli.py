@@ -25,6 +25,7 @@ from atomq.cli import main
 from atomq.commands import quantize as quantize_command
 from atomq.config import setting_names
 from atomq.errors import StorageError
+from atomq.formats.files import Disk
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("calibrate", "quantize", "eval-ppl", "generate", "inspect")
@@ -795,59 +796,45 @@ def test_an_impossible_generation_is_refused(refused, made, options):
 # Storage trouble and Ctrl-C.
 
 
-def full_disk(monkeypatch, after: int) -> list[str]:
-    """Let the disk be full at the flush number `after` + 1; answer what was flushed."""
-    flushed: list[str] = []
-    fsync = os.fsync
+def full_disk(monkeypatch, name: str) -> None:
+    """Let the disk be full when the file `name` is written."""
+    create = Disk.create
 
-    def flush(descriptor: int) -> None:
-        flushed.append(os.readlink(f"/proc/self/fd/{descriptor}") if os.path.exists("/proc/self/fd") else "")
-        if len(flushed) > after:
+    def refuse(self, path):
+        if path.name == f"{name}.tmp":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        fsync(descriptor)
+        return create(self, path)
 
-    monkeypatch.setattr(os, "fsync", flush)
-    return flushed
+    monkeypatch.setattr(Disk, "create", refuse)
 
 
 @pytest.mark.parametrize(
-    ("after", "name"),
+    "name",
     [
-        (0, "model-00002-of-00003.safetensors"),
-        (2, "model-00001-of-00003.safetensors"),
-        (3, "model.safetensors.index.json"),
-        (4, "config.json"),
-        (5, "README.md"),
-        (6, "manifest.json"),
-        (7, "quantize.json"),
+        "model-00001-of-00003.safetensors",
+        "model-00002-of-00003.safetensors",
+        "model.safetensors.index.json",
+        "config.json",
+        "tokenizer.json",
+        "README.md",
+        "manifest.json",
+        "quantize.json",
     ],
 )
-def test_a_full_disk_leaves_nothing_behind(refused, tiny_dir, tmp_path, text_file, monkeypatch, after, name):
-    full_disk(monkeypatch, after)
+def test_a_full_disk_leaves_nothing_behind(refused, tiny_dir, tmp_path, text_file, monkeypatch, name):
+    full_disk(monkeypatch, name)
     argv = quantize_argv(tiny_dir, tmp_path / "new" / "deep" / "OUT", text_file)
     sentence = refused("No space left on device", *argv, code=1)
     assert name in sentence
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_alone(refused, tiny_dir, out, text_file, monkeypatch):
-    full_disk(monkeypatch, 3)
+    full_disk(monkeypatch, "config.json")
     refused("No space left on device", *quantize_argv(tiny_dir, out, text_file, "--overwrite"), code=1)
 
 
-def test_a_full_disk_while_the_tokenizer_is_copied_leaves_nothing_behind(
-    refused, tiny_dir, tmp_path, text_file, monkeypatch
-):
-    def copy(_source, target):
-        Path(target).write_bytes(b"half")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
-
-    monkeypatch.setattr(shutil, "copyfile", copy)
-    sentence = refused("No space left", *quantize_argv(tiny_dir, tmp_path / "OUT", text_file), code=1)
-    assert "tokenizer" in sentence
-
-
 def test_a_full_disk_leaves_no_half_statistics(refused, tiny_dir, tmp_path, text_file, monkeypatch):
-    full_disk(monkeypatch, 0)
+    full_disk(monkeypatch, "stats.png")  # the first of the two
     artefact = tmp_path / "new" / "stats.safetensors"
     argv = ["calibrate", tiny_dir, "-o", artefact, "--n-outliers", 5, "--calib-data", text_file, *DATA]
     refused("cannot write", *argv, code=1)
@@ -856,10 +843,10 @@ def test_a_full_disk_leaves_no_half_statistics(refused, tiny_dir, tmp_path, text
 def test_a_place_without_permission_is_a_failure_of_the_machine(
     refused, tiny_dir, tmp_path, text_file, monkeypatch
 ):
-    def forbid(path, *_args, **_options):
+    def forbid(_disk, path):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-    monkeypatch.setattr(Path, "mkdir", forbid)
+    monkeypatch.setattr(Disk, "make_folder", forbid)
     sentence = refused("Permission denied", *quantize_argv(tiny_dir, tmp_path / "OUT", text_file), code=1)
     assert "OUT" in sentence
 
@@ -877,7 +864,7 @@ def test_an_input_that_cannot_be_read_is_a_failure_of_the_machine(refused, tiny_
 def test_ctrl_c_ends_cleanly_wherever_it_comes(
     refused, tiny_dir, out, tmp_path, text_file, monkeypatch, place
 ):
-    from atomq.formats.checkpoint import CheckpointWriter
+    from atomq.formats.writer import CheckpointWriter
 
     def interrupt(*_args, **_options):
         signal.raise_signal(signal.SIGINT)
@@ -899,14 +886,14 @@ def test_ctrl_c_while_a_file_is_flushed_leaves_nothing(refused, tiny_dir, tmp_pa
 def test_ctrl_c_between_the_two_renames_brings_the_old_checkpoint_back(
     refused, tiny_dir, out, text_file, monkeypatch
 ):
-    rename = Path.rename
+    rename = Disk.rename
 
-    def interrupted_rename(self, target):
-        if self.name.endswith(".partial"):
+    def interrupted_rename(self, source, target):
+        if source.name.endswith(".partial"):
             signal.raise_signal(signal.SIGINT)
-        return rename(self, target)
+        rename(self, source, target)
 
-    monkeypatch.setattr(Path, "rename", interrupted_rename)
+    monkeypatch.setattr(Disk, "rename", interrupted_rename)
     refused("interrupted", *quantize_argv(tiny_dir, out, text_file, "--overwrite"), code=130)
 
 

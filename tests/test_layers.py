@@ -238,6 +238,38 @@ def test_no_drawer_for_odds_and_ends():
     assert not {path.stem for path in FILES} & {"utils", "util", "common", "misc", "helpers", "base"}
 
 
+WRITING = {
+    *("write_text", "write_bytes", "save_file", "copyfile", "copytree", "move", "touch", "symlink_to"),
+    *("mkdir", "makedirs", "rename", "unlink", "rmtree", "rmdir", "fsync"),
+}
+
+
+def writes_of(source: str) -> list[str]:
+    """Calls that change files, by name; `open` counts if its mode is none of reading."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            called = node.func
+            name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+            modes = [ast.unparse(a) for a in [*node.args, *(k.value for k in node.keywords)]]
+            if name in WRITING or (name == "open" and any(m in ("'w'", "'wb'", "'a'", "'x'") for m in modes)):
+                found.append(name)
+    return found
+
+
+def test_all_files_are_written_by_the_file_layer():
+    layer = PACKAGE / "formats" / "files.py"
+    assert {path.name: names for path in FILES if (names := writes_of(path.read_text()))} == {
+        "files.py": writes_of(layer.read_text())
+    }
+    assert {"rename", "fsync"} <= set(writes_of(layer.read_text()))
+    assert writes_of("open(x, 'wb'); p.open('w'); p.write_text(''); open(x, 'rb')") == [
+        "open",
+        "open",
+        "write_text",
+    ]
+
+
 @pytest.mark.parametrize("module", ["atomq", "atomq.cli", "atomq.commands.quantize", "atomq.presets"])
 def test_the_front_loads_no_torch(module):
     script = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'numpy'}} & set(sys.modules)))"

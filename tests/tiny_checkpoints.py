@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 
 from atomq import pipeline
 from atomq.config import CalibrationConfig, Recipe, override
+from atomq.formats.files import write_json
+from atomq.formats.writer import CheckpointWriter
 from atomq.presets import find_preset
 
 # Odd numbers on purpose: 43 and 75 normal channels give a short last group and a half-used last byte.
@@ -145,3 +147,27 @@ def files_outside_reports(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.relative_to(folder).parts[0] != "reports"
     }
+
+
+# A folder of two shards that holds no model.
+FACTS = {"source": {}, "recipe": {}, "calibration": None, "versions": {}, "warnings": []}
+INDEX = "model.safetensors.index.json"
+FIRST = "model-00001-of-00002.safetensors"
+TENSORS = (
+    {"a": torch.arange(6, dtype=torch.uint8).reshape(2, 3), "b": torch.tensor([0.5], dtype=torch.float16)},
+    {"c": torch.tensor([3, 1, 2], dtype=torch.int32)},
+)
+
+
+def write_small(out: Path, overwrite: bool = False) -> None:
+    """Write that folder as a run would."""
+    with CheckpointWriter(out, overwrite=overwrite) as writer:
+        writer.n_shards = 2
+        for number, tensors in enumerate(TENSORS, start=1):
+            writer.write_shard(number, tensors)
+        writer.write_index()
+        write_json(writer.folder / "config.json", {"model_type": "none"})
+        writer.write_manifest(FACTS)
+        write_json(writer.folder / "reports" / "run.json", {"seconds": 1.5})
+        assert not out.exists() or overwrite
+        writer.publish()

@@ -8,7 +8,7 @@ Code that a model brings along (`trust_remote_code`) is never run.
 from __future__ import annotations
 
 import json
-import shutil
+import tempfile
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
@@ -145,37 +145,41 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def write_companions(source: ModelSource, folder: Path) -> None:
-    """Put the files that make a checkpoint usable beside it: tokenizer, chat template, generation config.
+def companions(source: ModelSource) -> dict[str, bytes]:
+    """The files that make a checkpoint usable, by name: tokenizer, chat template, generation config.
 
-    Those of a directory are copied byte for byte, licence included, but for a local path that some
-    versions of transformers left in tokenizer_config.json; those of a GGUF file are written from its
+    Those of a directory are the same byte for byte, licence included, but for a local path that some
+    versions of transformers left in tokenizer_config.json; those of a GGUF file are made from its
     metadata. Never config.json, never weights.
 
     Raises:
-        UnsupportedModelError: a GGUF file has no tokenizer.
-        StorageError: a file cannot be written.
+        UnsupportedModelError: a GGUF file has no tokenizer, or a file cannot be read.
     """
+    if source.kind == "gguf":
+        return _made_companions(source)
+    found = {}
     try:
-        if source.kind == "gguf":
-            _save_tokenizer(load_tokenizer(source), folder)
-            _generation_config(source, load_config(source)).save_pretrained(folder)
-            return
         for pattern in _COMPANIONS:
             for file in sorted(source.path.glob(pattern)):
-                if file.name == "tokenizer_config.json":
-                    _copy_without_paths(file, folder / file.name)
-                elif file.is_file():
-                    shutil.copyfile(file, folder / file.name)
+                if file.is_file():
+                    found[file.name] = file.read_bytes()
     except OSError as error:
-        raise StorageError(f"the tokenizer's files cannot be written to {folder}: {error}") from error
+        raise UnsupportedModelError(f"{source.name}: a file cannot be read: {error}") from error
+    if "tokenizer_config.json" in found:
+        found["tokenizer_config.json"] = _without_paths(found["tokenizer_config.json"], source)
+    return found
 
 
-def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    try:
-        tokenizer.save_pretrained(folder)
-    except Exception as error:
-        raise StorageError(f"the tokenizer cannot be written to {folder}: {_one_line(error)}") from error
+def _made_companions(source: ModelSource) -> dict[str, bytes]:
+    """What transformers saves of a GGUF file's tokenizer and generation config."""
+    tokenizer, generation = load_tokenizer(source), _generation_config(source, load_config(source))
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            tokenizer.save_pretrained(folder)
+            generation.save_pretrained(folder)
+        except Exception as error:
+            raise StorageError(f"the tokenizer cannot be written to {folder}: {_one_line(error)}") from error
+        return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
 
 
 def load_config(source: ModelSource) -> PreTrainedConfig:
@@ -285,22 +289,25 @@ def _generation_config(source: ModelSource, config: PreTrainedConfig) -> Generat
         ) from error
 
 
-def _copy_without_paths(file: Path, target: Path) -> None:
-    """Copy tokenizer_config.json byte for byte, or without the keys that hold a local path."""
+def _without_paths(content: bytes, source: ModelSource) -> bytes:
+    """tokenizer_config.json as it is, or without the keys that hold a local path."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UnsupportedModelError(f"{file.name} cannot be read: {error}") from error
+        config = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UnsupportedModelError(
+            f"{source.name}: tokenizer_config.json cannot be read: {error}"
+        ) from error
+    if not isinstance(config, dict):
+        raise UnsupportedModelError(f"{source.name}: tokenizer_config.json does not hold a JSON object")
     leaks = [
         key
-        for key, value in content.items()
+        for key, value in config.items()
         if key.endswith(("_file", "name_or_path")) and is_local_path(value)
     ]
     if not leaks:
-        shutil.copyfile(file, target)
-        return
-    kept = {key: value for key, value in content.items() if key not in leaks}
-    target.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return content
+    kept = {key: value for key, value in config.items() if key not in leaks}
+    return (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def is_local_path(value: object) -> bool:

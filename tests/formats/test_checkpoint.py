@@ -1,24 +1,31 @@
-"""Checkpoint folders: they appear whole or not at all, and whatever is wrong with one is named."""
+"""Whatever is wrong with a checkpoint folder is refused and named."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_checkpoints import change_json, change_tensor, quantize_tiny, rehash, stored_tensors
+from tiny_checkpoints import (
+    FIRST,
+    INDEX,
+    TENSORS,
+    change_json,
+    change_tensor,
+    quantize_tiny,
+    rehash,
+    stored_tensors,
+    write_small,
+)
 
 import atomq.checkpoints
 import atomq.hf
-from atomq.errors import CheckpointError, ConfigError, StorageError
+from atomq.errors import CheckpointError
 from atomq.formats import checkpoint as module
 from atomq.formats.checkpoint import (
-    CheckpointWriter,
     check_files,
     check_tensors,
     read_config,
@@ -29,32 +36,10 @@ from atomq.formats.checkpoint import (
 )
 from atomq.numerics.linear import TensorSpec
 
-FACTS = {"source": {}, "recipe": {}, "calibration": None, "versions": {}, "warnings": []}
-INDEX = "model.safetensors.index.json"
-FIRST = "model-00001-of-00002.safetensors"
-TENSORS = (
-    {"a": torch.arange(6, dtype=torch.uint8).reshape(2, 3), "b": torch.tensor([0.5], dtype=torch.float16)},
-    {"c": torch.tensor([3, 1, 2], dtype=torch.int32)},
-)
-
-
-def write(out: Path, overwrite: bool = False) -> None:
-    """A small folder of two shards."""
-    with CheckpointWriter(out, overwrite=overwrite) as writer:
-        writer.n_shards = 2
-        for number, tensors in enumerate(TENSORS, start=1):
-            writer.write_shard(number, tensors)
-        writer.write_index()
-        module.write_json(writer.folder / "config.json", {"model_type": "none"})
-        writer.write_manifest(FACTS)
-        module.write_json(writer.folder / "reports" / "run.json", {"seconds": 1.5})
-        assert not out.exists() or overwrite
-        writer.publish()
-
 
 @pytest.fixture
 def small(tmp_path) -> Path:
-    write(tmp_path / "small")
+    write_small(tmp_path / "small")
     return tmp_path / "small"
 
 
@@ -68,9 +53,6 @@ def made(tiny_dir, tmp_path_factory) -> Path:
 def real(made, tmp_path) -> Path:
     """A copy of a whole checkpoint that a test may spoil."""
     return Path(shutil.copytree(made, tmp_path / "real"))
-
-
-# Writing.
 
 
 def test_what_was_written_is_read_back(small):
@@ -88,103 +70,6 @@ def test_the_manifest_lists_every_file_but_itself_and_the_reports(small):
     names = {path.name for path in small.iterdir() if path.is_file()}
     assert set(read_manifest(small)["files"]) == names - {"manifest.json"}
     assert json.loads((small / INDEX).read_text())["metadata"] == {"total_size": 6 + 2 + 12}
-
-
-def test_writing_the_same_twice_gives_the_same_bytes(small, tmp_path):
-    write(tmp_path / "again")
-    for path in small.iterdir():
-        if path.is_file():
-            assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
-
-
-def test_tensors_that_are_views_are_written_whole(tmp_path):
-    base = torch.arange(12, dtype=torch.float32).reshape(3, 4)
-    with CheckpointWriter(tmp_path / "out", overwrite=False) as writer:
-        writer.write_shard(1, {"transposed": base.T, "column": base[:, 1]})
-        writer.write_index()
-        writer.publish()
-    tensors = stored_tensors(tmp_path / "out")
-    assert torch.equal(tensors["transposed"], base.T)
-    assert torch.equal(tensors["column"], base[:, 1])
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, MemoryError])
-def test_any_way_out_before_publish_leaves_nothing(tmp_path, error):
-    def leave() -> None:
-        with CheckpointWriter(tmp_path / "a" / "b" / "OUT", overwrite=False) as writer:
-            writer.write_shard(1, TENSORS[0])
-            assert writer.folder.is_dir()
-            raise error
-
-    with pytest.raises(error):
-        leave()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_leaving_without_publish_leaves_nothing(tmp_path):
-    with CheckpointWriter(tmp_path / "OUT", overwrite=False) as writer:
-        writer.write_shard(1, TENSORS[0])
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("place", ["fsync", "open"])
-def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path, monkeypatch, place):
-    def fail(*_args, **_options):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os if place == "fsync" else Path, place, fail)
-        with pytest.raises(StorageError, match=rf"{FIRST}: No space left on device"):
-            write(tmp_path / "a" / "OUT")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_place_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match=r"cannot write .*file/\.OUT\.partial: Not a directory"):
-        write(tmp_path / "file" / "OUT")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_an_existing_folder_is_replaced_only_when_asked(small):
-    (small / "old").touch()
-    with pytest.raises(ConfigError, match="small exists; name another folder or add --overwrite"):
-        write(small)
-    assert (small / "old").exists()
-    write(small, overwrite=True)
-    assert not (small / "old").exists()
-    assert [path.name for path in small.parent.iterdir()] == ["small"]
-
-
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()])
-def test_a_failing_rename_brings_the_old_checkpoint_back(small, monkeypatch, error):
-    (small / "old").touch()
-    rename = Path.rename
-
-    def fail(self, target):
-        if self.name.endswith(".partial"):
-            raise error
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(StorageError if isinstance(error, OSError) else KeyboardInterrupt):
-        write(small, overwrite=True)
-    assert (small / "old").exists()
-    assert [path.name for path in small.parent.iterdir()] == ["small"]
-
-
-@pytest.mark.parametrize("content", ['{"manifest_version": 3}', "[]", "", '{"quant_method": "gptq"}'])
-def test_a_folder_with_a_manifest_of_something_else_is_never_replaced(tmp_path, content):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "manifest.json").write_text(content)
-    with pytest.raises(ConfigError, match="mine is not a checkpoint of atomq"):
-        CheckpointWriter(tmp_path / "mine", overwrite=True)
-
-
-def test_a_checkpoint_of_another_version_may_be_replaced(small):
-    change_json(small / "manifest.json", lambda manifest: manifest.update(format_version=99))
-    write(small, overwrite=True)
-    assert read_manifest(small)["format_version"] == 1
 
 
 # Manifests.
@@ -470,17 +355,3 @@ def test_a_whole_checkpoint_passes_every_check(real):
     rehash(real)
     assert check_files(real, hashes=True) == len(read_manifest(real)["files"])
     atomq.hf.load(real, check_hashes=True)
-
-
-def test_a_second_writer_of_the_same_folder_is_refused_while_the_first_one_lives(tmp_path):
-    out = tmp_path / "out"
-    with CheckpointWriter(out, overwrite=False) as first:
-        first.write_shard(1, {"a": torch.zeros(2)})
-        with (
-            pytest.raises(ConfigError, match=r"another process is writing .*out; wait for it"),
-            CheckpointWriter(out, overwrite=False),
-        ):
-            pass
-        assert list(first.folder.iterdir())  # untouched
-    with CheckpointWriter(out, overwrite=False) as next_one:
-        assert not list(next_one.folder.iterdir())

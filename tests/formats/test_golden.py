@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from atomq.config import QuantScheme, Recipe, from_dict, override, to_dict
-from atomq.formats.checkpoint import CheckpointWriter, read_tensors, tensor_headers, weight_map
+from atomq.formats.checkpoint import read_tensors, tensor_headers, weight_map
 from atomq.formats.files import json_bytes
 from atomq.formats.schema import quantization_config
+from atomq.formats.writer import CheckpointWriter
 from atomq.models.families import LinearGroup, ModelFamily
 from atomq.numerics.linear import InputOrder, QuantizedLinear
 from atomq.numerics.outliers import Outliers

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atomq.errors import UnsupportedModelError
 from atomq.models.gguf import read_gguf, read_tensor
-from atomq.models.loading import load_float_model, load_tokenizer, write_companions
+from atomq.models.loading import companions, load_float_model, load_tokenizer
 from atomq.models.source import ModelSource, resolve_source
 
 TOKENS = torch.arange(24)[None]
@@ -426,7 +426,8 @@ def test_companions_of_a_gguf_file_load_as_an_ordinary_tokenizer(kind, tmp_path)
     )
     for folder in (tmp_path / "one", tmp_path / "two"):
         folder.mkdir()
-        write_companions(source, folder)
+        for name, content in companions(source).items():
+            (folder / name).write_bytes(content)
         load_float_model(source).config.save_pretrained(folder)
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()

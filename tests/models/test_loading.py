@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import TINY_MODELS, make_tiny_model, save_tiny_model
 from transformers import AutoModelForCausalLM
 
-from atomq.errors import ConfigError, StorageError, UnsupportedModelError
-from atomq.models.loading import load_float_model, load_tokenizer, write_companions
+from atomq.errors import ConfigError, UnsupportedModelError
+from atomq.models.loading import companions, load_float_model, load_tokenizer
 from atomq.models.source import ModelSource, resolve_source
 
 TOKENS = torch.arange(24)[None]
@@ -282,10 +282,8 @@ def test_companions_are_copied_byte_for_byte_and_nothing_else(folder, tmp_path):
     (folder / "LICENSE.apache.txt").write_text("free too")
     (folder / "chat_template.jinja").write_bytes(b"{{ messages }}\r\n")
     (folder / "README.md").write_text("not ours")
-    target = tmp_path / "out"
-    target.mkdir()
-    write_companions(source_of(folder), target)
-    assert sorted(file.name for file in target.iterdir()) == [
+    found = companions(source_of(folder))
+    assert sorted(found) == [
         "LICENSE",
         "LICENSE.apache.txt",
         "chat_template.jinja",
@@ -293,16 +291,15 @@ def test_companions_are_copied_byte_for_byte_and_nothing_else(folder, tmp_path):
         "tokenizer.json",
         "tokenizer_config.json",
     ]
-    for file in target.iterdir():
-        assert file.read_bytes() == (folder / file.name).read_bytes()
+    for name, content in found.items():
+        assert content == (folder / name).read_bytes()
 
 
 @pytest.mark.parametrize("path", ["/home/me/models/tiny", "C:\\models\\tiny", "../tiny", "~/tiny"])
 def test_a_local_path_in_the_tokenizer_config_is_left_out(folder, tmp_path, path):
     content = {"name_or_path": path, "tokenizer_file": path, "unk_token": "/", "model_max_length": 5}
     (folder / "tokenizer_config.json").write_text(json.dumps(content))
-    write_companions(source_of(folder), tmp_path)
-    assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == {
+    assert json.loads(companions(source_of(folder))["tokenizer_config.json"]) == {
         "unk_token": "/",
         "model_max_length": 5,
     }
@@ -310,10 +307,11 @@ def test_a_local_path_in_the_tokenizer_config_is_left_out(folder, tmp_path, path
 
 def test_a_hub_id_in_the_tokenizer_config_stays(folder, tmp_path):
     (folder / "tokenizer_config.json").write_text('{"name_or_path":"org/tiny"}')
-    write_companions(source_of(folder), tmp_path)
-    assert (tmp_path / "tokenizer_config.json").read_text() == '{"name_or_path":"org/tiny"}'
+    assert companions(source_of(folder))["tokenizer_config.json"] == b'{"name_or_path":"org/tiny"}'
 
 
-def test_companions_that_cannot_be_written_are_a_storage_error(folder, tmp_path):
-    with pytest.raises(StorageError, match="the tokenizer's files cannot be written to"):
-        write_companions(source_of(folder), tmp_path / "absent")
+@pytest.mark.parametrize("content", ["{", "[1]", "[" * 100_000])
+def test_a_tokenizer_config_that_is_no_object_is_refused(folder, content):
+    (folder / "tokenizer_config.json").write_text(content)
+    with pytest.raises(UnsupportedModelError, match=r"tokenizer_config\.json"):
+        companions(source_of(folder))
