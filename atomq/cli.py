@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import typer
 
 from atomq import __version__
-from atomq.commands import bench_gemm, calibrate, eval_ppl, generate, inspect, quantize, verify
+from atomq.commands import bench_gemm, calibrate, eval_ppl, export, generate, inspect, quantize, verify
 from atomq.errors import AtomqError, Interrupted
 
 app = typer.Typer(
@@ -43,6 +43,7 @@ _register("quantize", quantize.command, quantize.HELP)
 _register("eval-ppl", eval_ppl.command, eval_ppl.HELP)
 _register("generate", generate.command, generate.HELP)
 _register("inspect", inspect.command, inspect.HELP)
+_register("export", export.command, export.HELP)
 _register("bench-gemm", bench_gemm.command, bench_gemm.HELP)
 _register("verify", verify.command, verify.HELP)
 

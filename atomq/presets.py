@@ -43,6 +43,14 @@ PRESETS: dict[str, Recipe] = {
         QuantScheme(WeightScheme(n_bits=4, group_size=128), ActivationScheme(n_bits=4, group_size=128)),
         SolverConfig(method="rtn"),
     ),
+    # W4A4 as compressed-tensors can say it: no outliers, and the range of codes that its loaders compute.
+    "ct-w4a4": Recipe(
+        QuantScheme(
+            WeightScheme(n_bits=4, group_size=128),
+            ActivationScheme(n_bits=4, group_size=128, clip_ratio=14 / 15),
+        ),
+        SolverConfig(method="gptq", clip_search="hessian", calibration="sequential"),
+    ),
     # Weights only, for servers that compute in 16 bits.
     "w4a16": Recipe(
         QuantScheme(WeightScheme(n_bits=4, group_size=128), ActivationScheme(n_bits=FLOAT_BITS)),
@@ -59,6 +67,7 @@ PRESET_HELP = {
     "atom": "the Atom paper's W4A4KV4: groups of 128, 128 INT8 outlier channels, GPTQ",
     "atomq": "the same bits, about half the loss: Hadamard in groups and heads, searched clips",
     "rtn": "W4A4 rounded to nearest, no outliers: the baseline; no calibration",
+    "ct-w4a4": "W4A4 without outliers by GPTQ, for atomq export --format compressed-tensors",
     "w4a16": "INT4 weights in groups of 128 by GPTQ, 16-bit activations",
     "w8a8": "INT8 per row and per token, rounded to nearest; no calibration",
 }

@@ -28,7 +28,7 @@ from atomq.errors import StorageError
 from atomq.formats.files import Disk
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("calibrate", "quantize", "eval-ppl", "generate", "inspect")
+COMMANDS = ("calibrate", "quantize", "eval-ppl", "generate", "inspect", "export")
 KERNEL_COMMANDS = {"verify", "bench-gemm"}
 TINY = ["--n-outliers", "5", "--group-size", "16"]
 DATA = ["--n-samples", "4", "--seq-len", "64"]
@@ -164,7 +164,7 @@ def test_help_pages_fit_on_a_screen(run, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "100")
     code, out, _ = run(command, "--help")
     assert code == 0
-    assert len(out.splitlines()) <= 50
+    assert len(out.splitlines()) <= 54
     assert out.count(" --") <= 25
 
 
@@ -560,7 +560,7 @@ def test_evaluation_sizes_below_one_are_refused(refused, tiny_dir, text_file):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--preset", "gptq"], "unknown preset 'gptq'; presets are atom, atomq, rtn, w4a16, w8a8"),
+        (["--preset", "gptq"], "unknown preset 'gptq'; presets are atom, atomq, rtn, ct-w4a4, w4a16, w8a8"),
         (["--w-bits", 5], "weights.n_bits=5 must be one of 2, 3, 4, 8 or 16"),
         (["--kv-bits", 1], "kv.n_bits=1 must be one of"),
         (["--group-size", 0], "weights.group_size=0 must be at least 1"),

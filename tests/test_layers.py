@@ -36,6 +36,7 @@ BELOW_COMMANDS = {
     "block_quantizer",
     "pipeline",
     "checkpoints",
+    "export",
     "hf",
     "progress",
 }
@@ -55,6 +56,7 @@ LAW = {
     "block_loop": {"block_quantizer", "method", "models", "numerics"},
     "pipeline": {"block_loop", "block_quantizer", "models", "formats", "eval", "numerics"},
     "checkpoints": {"models", "formats", "numerics"},
+    "export": {"checkpoints", "models", "formats", "numerics"},
     "hf": {"checkpoints", "models", "formats", "numerics"},
     "progress": set(),
     "commands": BELOW_COMMANDS,
@@ -70,7 +72,7 @@ LIBRARIES = {
         ("numerics", "kernels", "method", "models", "formats", "eval", "block_loop", "pipeline", "hf"),
         ALWAYS,
     )
-    | {"checkpoints": ALWAYS, "block_quantizer": ALWAYS}
+    | {"checkpoints": ALWAYS, "block_quantizer": ALWAYS, "export": ALWAYS}
     | {"commands": LAZILY},
     "numpy": dict.fromkeys(("kernels", "models", "eval"), ALWAYS),
     "transformers": dict.fromkeys(("models", "hf", "checkpoints", "pipeline", "block_loop"), ALWAYS)
@@ -195,6 +197,8 @@ def test_every_import_keeps_the_law(path):
         ("pipeline", "from rich.console import Console"),
         ("hf", "from atomq.pipeline import quantize"),
         ("hf", "import safetensors"),
+        ("export.gptq", "from atomq.pipeline import quantize"),
+        ("export.gptq", "import gptqmodel"),
         ("commands.quantize", "import torch"),
         ("commands.quantize", "from transformers import AutoConfig"),
         ("commands.quantize", "from atomq.cli import main"),

@@ -39,6 +39,9 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 BackendOption = Annotated[
     str, typer.Option(help="simulation (torch, float32) or kernels (the GPU's INT4 kernels).")
 ]
+ExportFormatOption = Annotated[
+    str, typer.Option("--format", help="compressed-tensors, gptq, gptq_v2 or hf (plain bf16 weights).")
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout, nothing else there.")
 ]

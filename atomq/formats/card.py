@@ -57,6 +57,32 @@ The licence of the weights is that of the base model.
 """
 
 
+# How each export is opened by the tools that it is for.
+_OPENING = {
+    "compressed-tensors": "vLLM, SGLang, or transformers with the package compressed-tensors",
+    "gptq": "gptqmodel, vLLM or SGLang",
+    "gptq_v2": "gptqmodel, vLLM or SGLang",
+    "hf": "transformers, or any tool that reads a float model",
+}
+
+
+def export_card(source_name: str, scheme: QuantScheme, format_name: str, notes: list[str]) -> str:
+    """Markdown for a checkpoint that was written in another tool's format."""
+    remarks = "".join(f"- {note}\n" for note in notes)
+    return f"""---
+base_model: {json.dumps(source_name)}
+tags: [atomq, quantized]
+---
+# {source_name}, {scheme_name(scheme)} by atomq, as {format_name}
+
+Open this folder with {_OPENING[format_name]}. How it was quantized and a SHA-256 of every file are in
+`manifest.json`.
+
+{remarks}
+The licence of the weights is that of the base model.
+"""
+
+
 def _coding(scheme: WeightScheme | ActivationScheme) -> str:
     """Such as "4 bits (int), groups of 128"."""
     if scheme.n_bits == FLOAT_BITS:

@@ -1,0 +1,139 @@
+"""compressed-tensors, `pack-quantized`: what vLLM, SGLang and transformers read.
+
+A linear [N, K] becomes `weight_packed` int32 [N, ceil(K * n_bits / 32)] (code + 2^(n_bits-1), least
+significant bits first), `weight_scale` [N, G] and `weight_shape` int64 [2]. Its loaders divide the largest
+magnitude of an activation's group by (2^n_bits - 1) / 2, so a checkpoint must have been made with that rule.
+Zero points of weights exist in the format, but version 0.20 of the library does not load them: refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from atomq.config import FLOAT_BITS, QuantScheme
+from atomq.errors import ConfigError
+from atomq.export.stored import StoredLinear
+from atomq.export.uniform import (
+    check_weights,
+    group_notes,
+    pack_words,
+    refuse,
+    uniform_group_size,
+)
+from atomq.models.families import LinearShape
+from atomq.numerics.grid import CodeGrid
+from atomq.numerics.scales import scale_divisor
+
+NAME = "compressed-tensors"
+# How far the range of activation codes may be from the loaders': 8 bits without clipping are 0.4 % off.
+RANGE_TOLERANCE = 0.01
+
+
+@dataclass(frozen=True)
+class CompressedTensors:
+    """The format for one scheme and model; making it refuses what it cannot express (ConfigError)."""
+
+    scheme: QuantScheme
+    shapes: Mapping[str, LinearShape]
+
+    dtype: ClassVar[None] = None
+    config_file: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        scheme, activations = self.scheme, self.scheme.activations
+        preset = {FLOAT_BITS: "w4a16", 8: "w8a8"}.get(activations.n_bits, "ct-w4a4")
+        check_weights(scheme, NAME, (2, 3, 4, 8), preset)
+        if not scheme.weights.symmetric:
+            raise ConfigError(
+                f"{NAME} is written with symmetric weights only: its library does not load zero points; "
+                f"quantize with --preset {preset}, or export with --format gptq_v2 or hf"
+            )
+        if scheme.outliers.reorder and scheme.weights.group_size is not None:
+            refuse(NAME, "groups of neighbouring channels only, and these were reordered", preset)
+        if activations.n_bits == FLOAT_BITS:
+            return
+        if activations.number_format != "int" or not activations.symmetric:
+            refuse(NAME, "symmetric integers for the activations that its loaders compute", preset)
+        if activations.scale_mode != "exact":
+            refuse(NAME, "no progressive scales of activations", preset)
+        self._check_groups()
+        self._check_range()
+
+    def _check_groups(self) -> None:
+        group_size = self.scheme.activations.group_size
+        for name, shape in self.shapes.items():
+            if group_size is not None and shape.n_in % group_size:
+                raise ConfigError(
+                    f"{NAME} has equal groups of activations, and {group_size} does not divide the "
+                    f"{shape.n_in} inputs of {name}; quantize with "
+                    f"--group-size {uniform_group_size(group_size, self.shapes)}"
+                )
+
+    def _check_range(self) -> None:
+        activations = self.scheme.activations
+        grid = CodeGrid.of("int", activations.n_bits)
+        wanted = scale_divisor(grid) / scale_divisor(grid, "half")
+        if abs(activations.clip_ratio / wanted - 1) > RANGE_TOLERANCE:
+            raise ConfigError(
+                f"{NAME} has no clip ratio of activations: its loaders divide the largest magnitude by "
+                f"{scale_divisor(grid, 'half'):g}, which is activations.clip_ratio={wanted:.5f} and not "
+                f"{activations.clip_ratio}; quantize with --preset ct-w4a4, "
+                f"or --set activations.clip_ratio={wanted:.5f}"
+            )
+
+    @property
+    def group_size(self) -> int | None:
+        return uniform_group_size(self.scheme.weights.group_size, self.shapes)
+
+    def notes(self) -> list[str]:
+        return group_notes(self.scheme, self.group_size)
+
+    def linear_tensors(self, stored: StoredLinear) -> dict[str, torch.Tensor]:
+        """The tensors of one linear by their last names."""
+        n_bits, model = self.scheme.weights.n_bits, stored.model_codes(self.group_size)
+        tensors = {
+            "weight_packed": pack_words(model.codes + (1 << (n_bits - 1)), n_bits),
+            "weight_scale": model.scales,
+            "weight_shape": torch.tensor(model.codes.shape),
+        }
+        bias = stored.model_bias()
+        return tensors if bias is None else tensors | {"bias": bias}
+
+    def quantization_config(self, unquantized: list[str]) -> dict[str, Any]:
+        """The entry of config.json; `unquantized` names the linears that stay as they are."""
+        weights, activations = self.scheme.weights, self.scheme.activations
+        inputs = None
+        if activations.n_bits != FLOAT_BITS:
+            inputs = _arguments(activations.n_bits, activations.group_size, "token", dynamic=True)
+        group = {
+            "targets": ["Linear"],
+            "format": "pack-quantized",  # named here, or loaders take int8 weights for granted
+            "weights": _arguments(weights.n_bits, self.group_size, "channel", dynamic=False),
+            "input_activations": inputs,
+            "output_activations": None,
+        }
+        return {
+            "quant_method": NAME,
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "global_compression_ratio": None,
+            "config_groups": {"group_0": group},
+            "ignore": unquantized,
+            "kv_cache_scheme": None,
+        }
+
+
+def _arguments(n_bits: int, group_size: int | None, whole: str, *, dynamic: bool) -> dict[str, Any]:
+    """One operand; `whole` is the strategy without groups."""
+    return {
+        "num_bits": n_bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": whole if group_size is None else "group",
+        "group_size": group_size,
+        "dynamic": dynamic,
+    }

@@ -1,0 +1,81 @@
+"""`atomq export` from the command line: what lies in the folder, what is printed, what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny_checkpoints import quantize_tiny, stored_tensors
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from atomq.checkpoints import open_checkpoint
+from atomq.cli import main
+from atomq.export.stored import read_blocks
+from atomq.formats.checkpoint import check_files, read_manifest
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_dir, tmp_path_factory):
+    """A checkpoint with outliers, orders and KV4. Do not change it."""
+    out = tmp_path_factory.mktemp("made") / "OUT"
+    quantize_tiny(tiny_dir, out, "atom")
+    return out
+
+
+@pytest.fixture(scope="module")
+def plain(checkpoint):
+    dest = checkpoint.parent / "PLAIN"
+    assert main(["export", str(checkpoint), str(dest), "--format", "hf"]) == 0
+    return dest
+
+
+def test_plain_weights_are_what_the_codes_stand_for_in_bfloat16(checkpoint, plain):
+    model = AutoModelForCausalLM.from_pretrained(plain)  # no atomq.hf needed, no quantization_config left
+    assert model.dtype == torch.bfloat16
+    for block in read_blocks(checkpoint, open_checkpoint(checkpoint, check_hashes=False)):
+        for name, stored in block.linears.items():
+            assert torch.equal(model.get_submodule(name).weight, stored.model_weight().bfloat16())
+    assert {tensor.dtype for tensor in stored_tensors(plain).values()} == {torch.bfloat16}
+
+
+def test_the_folder_is_whole_with_tokenizer_card_and_manifest(checkpoint, plain):
+    assert check_files(plain, hashes=True) > 5
+    manifest, original = read_manifest(plain), read_manifest(checkpoint)
+    assert manifest["exported_as"] == "hf"
+    assert manifest["recipe"] == original["recipe"]
+    assert "activations and the KV cache will not be quantized" in manifest["warnings"][-1]
+    assert "as hf" in (plain / "README.md").read_text()
+    assert AutoTokenizer.from_pretrained(plain)("abc")["input_ids"]
+    assert "quantization_config" not in json.loads((plain / "config.json").read_text())
+
+
+def test_an_export_replaces_an_export_only_if_told_to(checkpoint, tmp_path, capsys):
+    argv = ["export", str(checkpoint), str(tmp_path / "DEST"), "--format", "hf", "--json"]
+    assert main(argv) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["format"], record["checkpoint"]) == ("hf", "OUT")
+    size = sum(t.numel() * t.element_size() for t in stored_tensors(tmp_path / "DEST").values())
+    assert record["size_bytes"] == size
+    assert main(argv) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert main([*argv, "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("awq", "--format awq is not one of compressed-tensors, gptq, gptq_v2, hf"),
+        ("gptq", "quantize with --preset w4a16, or export with --format hf"),
+        ("compressed-tensors", "quantize with --preset ct-w4a4, or export with --format hf"),
+    ],
+)
+def test_refusals_end_with_exit_code_2_and_leave_nothing(checkpoint, tmp_path, capsys, name, words):
+    assert main(["export", str(checkpoint), str(tmp_path / "DEST"), "--format", name]) == 2
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_not_a_checkpoint_is_refused(tiny_dir, tmp_path, capsys):
+    assert main(["export", str(tiny_dir), str(tmp_path / "DEST"), "--format", "hf"]) == 2
+    assert "is not quantized" in capsys.readouterr().err
