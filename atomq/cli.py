@@ -11,7 +11,17 @@ from collections.abc import Callable, Sequence
 import typer
 
 from atomq import __version__
-from atomq.commands import bench_gemm, calibrate, eval_ppl, export, generate, inspect, quantize, verify
+from atomq.commands import (
+    bench_gemm,
+    calibrate,
+    eval_ppl,
+    export,
+    generate,
+    inspect,
+    quantize,
+    report,
+    verify,
+)
 from atomq.errors import AtomqError, Interrupted
 
 app = typer.Typer(
@@ -44,6 +54,7 @@ _register("eval-ppl", eval_ppl.command, eval_ppl.HELP)
 _register("generate", generate.command, generate.HELP)
 _register("inspect", inspect.command, inspect.HELP)
 _register("export", export.command, export.HELP)
+_register("report", report.command, report.HELP)
 _register("bench-gemm", bench_gemm.command, bench_gemm.HELP)
 _register("verify", verify.command, verify.HELP)
 

@@ -40,6 +40,7 @@ from atomq.models.quantized import head_dim_of
 from atomq.models.source import ModelSource, resolve_source, source_hash
 from atomq.numerics.channels import ChannelStatistics
 from atomq.progress import OnProgress, silently
+from atomq.report.files import write_report
 
 
 @dataclass(frozen=True)
@@ -201,9 +202,10 @@ def quantize(
             "seconds": seconds,
         }
         write_json(
-            writer.folder / REPORTS / "quantize.json", {**summary, **_host_facts(place), **report.to_dict()}
+            writer.folder / REPORTS / "quantize.json", {**report.to_dict(), **summary, **_host_facts(place)}
         )
         writer.publish()
+    write_report(out)
     return QuantizeResult(out, model, report, summary)
 
 

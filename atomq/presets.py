@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from atomq.config import (
     FLOAT_BITS,
     ActivationScheme,
@@ -11,6 +13,7 @@ from atomq.config import (
     Recipe,
     SolverConfig,
     WeightScheme,
+    to_dict,
 )
 from atomq.errors import ConfigError
 
@@ -83,3 +86,24 @@ def find_preset(name: str) -> Recipe:
         return PRESETS[name]
     except KeyError:
         raise ConfigError(f"unknown preset {name!r}; presets are {', '.join(PRESETS)}") from None
+
+
+def recipe_name(recipe: Recipe) -> str:
+    """The preset nearest to `recipe` and what is set over it: "atom", or "atom, weights.n_bits=3"."""
+    changes = {name: changed_settings(preset, recipe) for name, preset in PRESETS.items()}
+    nearest = min(changes, key=lambda name: len(changes[name]))
+    return ", ".join((nearest, *(f"{setting}={value}" for setting, value in changes[nearest].items())))
+
+
+def changed_settings(before: Recipe, after: Recipe) -> dict[str, Any]:
+    """The settings in which `after` differs, named as `override` takes them, with their values there."""
+    old, new = _flat(to_dict(before)), _flat(to_dict(after))
+    return {name: "none" if new[name] is None else new[name] for name in new if old[name] != new[name]}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        full = "" if name == "scheme" else f"{prefix}{name}"
+        flat |= _flat(value, f"{full}." if full else "") if isinstance(value, dict) else {full: value}
+    return flat

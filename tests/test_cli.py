@@ -28,7 +28,15 @@ from atomq.errors import StorageError
 from atomq.formats.files import Disk
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("calibrate", "quantize", "eval-ppl", "generate", "inspect", "export")
+COMMANDS = (
+    "calibrate",
+    "quantize",
+    "eval-ppl",
+    "generate",
+    "inspect",
+    "export",
+    "report",
+)
 KERNEL_COMMANDS = {"verify", "bench-gemm"}
 TINY = ["--n-outliers", "5", "--group-size", "16"]
 DATA = ["--n-samples", "4", "--seq-len", "64"]

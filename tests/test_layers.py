@@ -24,6 +24,7 @@ EVERYWHERE = {
     "resources",
     "presets",
     "progress",
+    "units",
 }  # "": the version in atomq/__init__.py
 BELOW_COMMANDS = {
     "numerics",
@@ -39,6 +40,7 @@ BELOW_COMMANDS = {
     "export",
     "hf",
     "progress",
+    "report",
 }
 # Part -> what it may import besides its own modules and EVERYWHERE. A dotted name allows that module only.
 LAW = {
@@ -54,11 +56,13 @@ LAW = {
     "eval": {"numerics", "kernels", "models", "formats"},
     "block_quantizer": {"method", "models", "numerics"},
     "block_loop": {"block_quantizer", "method", "models", "numerics"},
-    "pipeline": {"block_loop", "block_quantizer", "models", "formats", "eval", "numerics"},
+    "report": {"formats", "numerics"},
+    "pipeline": {"block_loop", "block_quantizer", "models", "formats", "eval", "numerics", "report"},
     "checkpoints": {"models", "formats", "numerics"},
     "export": {"checkpoints", "models", "formats", "numerics"},
     "hf": {"checkpoints", "models", "formats", "numerics"},
     "progress": set(),
+    "units": set(),
     "commands": BELOW_COMMANDS,
     "cli": {"commands"},
     "__main__": {"cli"},
@@ -73,6 +77,7 @@ LIBRARIES = {
         ALWAYS,
     )
     | {"checkpoints": ALWAYS, "block_quantizer": ALWAYS, "export": ALWAYS}
+    | {"report.facts": ALWAYS}
     | {"commands": LAZILY},
     "numpy": dict.fromkeys(("kernels", "models", "eval"), ALWAYS),
     "transformers": dict.fromkeys(("models", "hf", "checkpoints", "pipeline", "block_loop"), ALWAYS)

@@ -66,6 +66,7 @@ def test_every_kernel_and_every_text_is_inside(wheel):
 def test_every_module_is_inside(wheel):
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "atomq").rglob("*.py")}
     assert modules <= set(wheel.namelist())
+    assert "atomq/report/page.css" in wheel.namelist()
 
 
 def test_the_only_name_on_top_is_atomq(wheel):

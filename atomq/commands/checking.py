@@ -32,11 +32,10 @@ def prove_checkpoint(folder: Path, device: torch.device, arithmetic: Arithmetic)
 
 def prove_and_report(folder: Path, device: torch.device, arithmetic: Arithmetic) -> Verification:
     """`prove_checkpoint`, whose result stays in the checkpoint's reports."""
-    from atomq.formats.checkpoint import REPORTS
-    from atomq.formats.files import write_json
+    from atomq.report.files import save_record
 
     found = prove_checkpoint(folder, device, arithmetic)
-    write_json(folder / REPORTS / "verify.json", verification_record(folder, device, arithmetic, found))
+    save_record(folder, "verify", verification_record(folder, device, arithmetic, found))
     return found
 
 

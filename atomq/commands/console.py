@@ -43,15 +43,6 @@ def warn(sentences: list[str]) -> None:
         err.print(f"[yellow]warning:[/] {escape(sentence)}", highlight=False, soft_wrap=True)
 
 
-def human_bytes(n_bytes: float) -> str:
-    """Such as "113.2 MB" (powers of 1000)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if n_bytes < 1000:
-            return f"{n_bytes:.1f} {unit}" if unit != "B" else f"{n_bytes:.0f} B"
-        n_bytes /= 1000
-    return f"{n_bytes:.1f} TB"
-
-
 def silence_libraries() -> None:
     """Keep transformers' own progress bars off stderr, where ours are shown."""
     from transformers.utils import logging

@@ -9,6 +9,7 @@ import typer
 
 from atomq.commands import console
 from atomq.commands.options import CheckpointArgument, ExportFormatOption, JsonOption
+from atomq.units import human_bytes
 
 HELP = "Write the checkpoint OUT to the folder DEST in the format of another tool."
 
@@ -37,4 +38,4 @@ def command(
         record = {"checkpoint": checkpoint.name, "format": format_name, "out": str(dest)}
         console.print_json({**record, "size_bytes": result.size_bytes, "notes": result.notes})
         return
-    console.print_line(f"{dest}: {format_name}, {console.human_bytes(result.size_bytes)}")
+    console.print_line(f"{dest}: {format_name}, {human_bytes(result.size_bytes)}")

@@ -8,6 +8,7 @@ import typer
 
 from atomq.commands import console
 from atomq.commands.options import CheckpointArgument, JsonOption
+from atomq.units import human_bytes
 
 HELP = "What a checkpoint holds, and whether it is whole."
 
@@ -30,7 +31,7 @@ def command(
         ["source", f"{source['name']} ({source['sha256'][:12]})"],
         ["scheme", facts["scheme_name"]],
         ["bits per weight / activation / KV entry", " / ".join(f"{bits[k]:.3f}" for k in bits)],
-        ["size", console.human_bytes(facts["size_bytes"])],
+        ["size", human_bytes(facts["size_bytes"])],
         ["blocks x linears", f"{facts['n_blocks']} x {facts['n_linears'] // facts['n_blocks']}"],
         ["calibrated on", _calibration_text(calibration)],
         [
@@ -42,8 +43,7 @@ def command(
     ]
     console.print_table(checkpoint.name, ["", ""], rows)
     tensors = [
-        [name, t["dtype"], str(t["shape"]), console.human_bytes(t["bytes"])]
-        for name, t in facts["block"].items()
+        [name, t["dtype"], str(t["shape"]), human_bytes(t["bytes"])] for name, t in facts["block"].items()
     ]
     console.print_table("tensors of the first block", ["tensor", "dtype", "shape", "size"], tensors)
     console.warn(facts["warnings"])

@@ -20,6 +20,7 @@ from atomq.commands.options import (
 from atomq.config import CalibrationConfig, Recipe, override, to_dict
 from atomq.errors import ConfigError
 from atomq.presets import DEFAULT_PRESET, PRESET_HELP, find_preset
+from atomq.units import human_bytes
 
 PRESETS_TEXT = "\n\n".join(f"- {name}: {text}" for name, text in PRESET_HELP.items())
 HELP = f"Quantize MODEL and write the checkpoint OUT.\n\nPresets:\n\n{PRESETS_TEXT}"
@@ -137,8 +138,8 @@ def _print_summary(path: Path, summary: dict[str, Any], proof: str) -> None:
     error = summary["mean_relative_error"]
     rows = [
         ["checkpoint", str(path)],
-        ["size", console.human_bytes(summary["size_bytes"])],
-        ["  of which linears", console.human_bytes(summary["linear_bytes"])],
+        ["size", human_bytes(summary["size_bytes"])],
+        ["  of which linears", human_bytes(summary["linear_bytes"])],
         ["bits per weight", f"{bits['weight']:.3f}"],
         ["bits per activation", f"{bits['activation']:.3f}"],
         ["bits per KV entry", f"{bits['kv']:.3f}"],

@@ -1,0 +1,168 @@
+"""What a report says is what the checkpoint and its records hold."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import pytest
+from tiny_checkpoints import quantize_tiny, stored_tensors
+
+from atomq.errors import CheckpointError
+from atomq.report import facts
+from atomq.report.files import save_record, write_report
+
+
+@pytest.fixture(scope="module", params=["atom", "progressive", "rtn", "kv only", "w16a4", "w8a8"])
+def made(request, tiny_dir, tmp_path_factory):
+    """A scheme's name and a checkpoint of it. Do not change it."""
+    out = tmp_path_factory.mktemp("made") / "OUT"
+    quantize_tiny(tiny_dir, out, request.param)
+    return request.param, out
+
+
+@pytest.fixture
+def out(tiny_dir, tmp_path):
+    """A checkpoint that a test may spoil."""
+    return quantize_tiny(tiny_dir, tmp_path / "OUT").path
+
+
+def test_a_run_leaves_its_report(made):
+    _, out = made
+    stored = json.loads((out / "reports" / "report.json").read_text())
+    assert stored["report_version"] == 1
+    assert stored == json.loads(json.dumps(facts.gather(out).to_dict()))
+    assert (out / "reports" / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_every_linear_is_there_with_its_bytes_and_error(made):
+    scheme, out = made
+    report, tensors = facts.gather(out), stored_tensors(out)
+    names = {name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")}
+    assert len(names) == (0 if scheme in ("kv only", "w16a4") else 14)
+    assert {linear.name for linear in report.linears} == names
+    run = {r["name"]: r for r in json.loads((out / "reports" / "quantize.json").read_text())["linears"]}
+    for linear in report.linears:
+        own = [t for name, t in tensors.items() if name.rpartition(".")[0] == linear.name]
+        assert linear.size_bytes == sum(t.numel() * t.element_size() for t in own)
+        assert linear.relative_error == run[linear.name]["relative_error"]
+        assert f"model.layers.{linear.block}.{linear.kind}" == linear.name
+
+
+def test_linears_come_in_the_order_of_computation(out):
+    kinds = [linear.kind.partition(".")[2] for linear in facts.gather(out).linears]
+    one_block = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert kinds == 2 * one_block
+
+
+def test_sizes_are_those_of_the_tensors_and_of_the_float_model(made, tiny_dir):
+    _, out = made
+    summary = facts.gather(out).summary
+    assert summary.size_bytes == sum(t.numel() * t.element_size() for t in stored_tensors(out).values())
+    linears = [t for name, t in stored_tensors(tiny_dir).items() if "_proj.weight" in name]
+    n_weights = sum(t.numel() for t in linears)
+    unchanged = summary.size_bytes - sum(
+        t.numel() * t.element_size()
+        for name, t in stored_tensors(out).items()
+        if "_proj." in name and not name.endswith(".perm")
+    )
+    if made[0] not in ("w16a4", "kv only"):  # there linears stay in the float32 of the tiny model
+        assert summary.float_bytes == unchanged + 2 * n_weights
+
+
+def test_outlier_maps_hold_the_ends_of_the_permutations(out):
+    maps = {found.kind: found for found in facts.gather(out).outliers}
+    perms = {name: t for name, t in stored_tensors(out).items() if name.endswith(".perm")}
+    assert len(perms) == 8
+    assert sum(len(found.channels) for found in maps.values()) == 8
+    for name, perm in perms.items():
+        block, kind = facts.block_and_kind(name.removesuffix(".perm"))
+        assert maps[kind].channels[block] == sorted(perm[-5:].tolist())
+        assert maps[kind].n_channels == len(perm)
+
+
+def test_histograms_count_every_scale_in_its_bin(made):
+    scheme, out = made
+    tensors = stored_tensors(out)
+    bins: dict[str, dict[int, int]] = {}
+    for name, tensor in tensors.items():
+        owner, _, suffix = name.rpartition(".")
+        if suffix == "scale_factors":
+            tensor = tensors[f"{owner}.scale_base"][:, None].double() * tensor
+        elif suffix != "scales":
+            continue
+        of_kind = bins.setdefault(facts.block_and_kind(owner)[1], {})
+        for value in tensor.double().flatten().tolist():
+            position = math.floor(math.log2(value) * 4)
+            of_kind[position] = of_kind.get(position, 0) + 1
+    found = {h.kind: {h.start + i: n for i, n in enumerate(h.counts) if n} for h in facts.gather(out).scales}
+    assert found == bins
+    assert bool(bins) == (scheme not in ("kv only", "w16a4"))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.layers.3.mlp.up_proj", (3, "mlp.up_proj")),
+        ("model.layers.12.mlp.experts.7.up_proj", (12, "mlp.experts.*.up_proj")),
+        ("lm_head", (None, "lm_head")),
+    ],
+)
+def test_a_name_is_a_block_and_a_kind(name, expected):
+    assert facts.block_and_kind(name) == expected
+
+
+def test_records_of_other_commands_are_taken_in(out):
+    save_record(out, "eval-ppl-builtin", {"ppl": 12.5, "data": "builtin"})
+    stored = json.loads((out / "reports" / "report.json").read_text())
+    assert stored["records"] == {"eval-ppl-builtin": {"ppl": 12.5, "data": "builtin"}}
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff", b"[" * 100_000])
+def test_a_record_that_cannot_be_read_is_named_and_left_out(out, content):
+    (out / "reports" / "broken.json").write_bytes(content)
+    report = write_report(out)
+    assert "broken" not in report.records
+    (sentence,) = [w for w in report.warnings if "broken.json" in w]
+    assert sentence.startswith("reports/broken.json was left out: ")
+
+
+def test_experts_that_saw_no_token_are_warned_about(out):
+    path = out / "reports" / "quantize.json"
+    record = json.loads(path.read_text())
+    for index, entry in enumerate(record["linears"]):
+        entry["n_tokens"] = 0 if index < 2 else 64
+    path.write_text(json.dumps(record))
+    first = record["linears"][0]["name"]
+    warnings = facts.gather(out).warnings
+    assert f"2 of 14 linears saw no calibration token; the first: {first}" in warnings
+
+
+def test_without_the_run_s_own_record_the_rest_stays(out):
+    before = facts.gather(out)
+    shutil.rmtree(out / "reports")
+    after = facts.gather(out)
+    assert after.summary.float_bytes is None
+    assert after.summary.bits == {}
+    assert after.outliers == before.outliers
+    assert after.scales == before.scales
+    assert [linear.name for linear in after.linears] == [linear.name for linear in before.linears]
+
+
+def test_what_is_no_checkpoint_is_refused(tiny_dir, tmp_path):
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        facts.gather(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="is not quantized"):
+        facts.gather(tiny_dir)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "n_maps"),
+    [("asymmetric", 4), ("fp4 bnb", 4), ("outliers not reordered", 0), ("reordered without outliers", 0)],
+)
+def test_odd_schemes_have_a_report_too(tiny_dir, tmp_path, scheme, n_maps):
+    quantize_tiny(tiny_dir, tmp_path / "OUT", scheme)
+    report = facts.gather(tmp_path / "OUT")
+    assert (len(report.linears), len(report.outliers), len(report.scales)) == (14, n_maps, 7)
+    assert report.summary.recipe_name.startswith("atom, ")
