@@ -20,6 +20,7 @@ from atomq.errors import AtomqError, ConfigError
 from atomq.method.statistics import StatisticsAccumulator
 from atomq.models.attention import attention_for
 from atomq.models.blocks import BlockInputs, block_groups, blocks_of, capture_block_inputs, linear_shapes
+from atomq.models.experts import STARVED_TOKENS, ExpertRouting
 from atomq.models.families import ModelFamily, find_family
 from atomq.models.quantized import head_dim_of
 from atomq.numerics.channels import ChannelStatistics
@@ -32,20 +33,25 @@ OnBlock = Callable[[str, nn.Module], None]
 @dataclass(frozen=True)
 class QuantizationReport:
     """What happened: one entry per linear, the widest linear's inputs, warnings for people, seconds per
-    phase.
+    phase, and the tokens of each expert that saw too few.
     """
 
     linears: tuple[LinearReport, ...]
     widest_input: int
     warnings: tuple[str, ...]
     seconds: dict[str, float]
+    starved_experts: dict[str, int]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def calibrate_blocks(
-    model: PreTrainedModel, token_ids: torch.Tensor, device: torch.device, on_progress: OnProgress
+    model: PreTrainedModel,
+    token_ids: torch.Tensor,
+    device: torch.device,
+    on_progress: OnProgress,
+    routing: ExpertRouting | None = None,
 ) -> dict[str, ChannelStatistics]:
     """Statistics of every linear group's input in the float model, by the full name of the group's first
     linear.
@@ -53,7 +59,9 @@ def calibrate_blocks(
     Args:
         model: float model on the CPU; blocks visit `device` one at a time.
         token_ids: int64 [n_windows, seq_len].
+        routing: which tokens experts see; it takes note of starved ones.
     """
+    routing = routing or ExpertRouting()
     family = find_family(model.config.model_type)
     inputs = capture_block_inputs(model, family, token_ids, device)
     blocks = blocks_of(model, family)
@@ -61,11 +69,13 @@ def calibrate_blocks(
     for index, block in enumerate(blocks):
         on_progress(index, len(blocks), "channel statistics")
         block.to(device)
+        routing.open(block, f"{family.blocks}.{index}", family, inputs)
         accumulators = _watch_inputs(block, family, token_ids.shape[1])
         inputs.run(block, _within_block(on_progress, index, len(blocks), inputs))
         for name, (accumulator, hook) in accumulators.items():
             hook.remove()
             statistics[f"{family.blocks}.{index}.{name}"] = accumulator.result()
+        routing.close(block)
         block.cpu()
     on_progress(len(blocks), len(blocks), "channel statistics")
     return statistics
@@ -79,6 +89,7 @@ def quantize_blocks(
     token_ids: torch.Tensor | None = None,
     statistics: dict[str, ChannelStatistics] | None = None,
     on_block: OnBlock | None = None,
+    routing: ExpertRouting | None = None,
 ) -> QuantizationReport:
     """Quantize the blocks of `model` in place; it then is the simulation of the checkpoint.
 
@@ -86,18 +97,19 @@ def quantize_blocks(
         token_ids: calibration windows int64 [n_windows, seq_len]; needed if `recipe.needs_calibration`.
         statistics: `calibrate_blocks`'s result; made here if it is None and the recipe reorders.
         on_block: called with each block as soon as it is packed.
+        routing: which calibration tokens experts see.
 
     Raises:
         ConfigError: a linear is too narrow for the outliers, or calibration tokens are missing.
     """
-    family, scheme = find_family(model.config.model_type), recipe.scheme
+    family, scheme, routing = find_family(model.config.model_type), recipe.scheme, routing or ExpertRouting()
     check_widths(model, family, scheme)
     if recipe.needs_calibration and token_ids is None:
         raise ConfigError("this recipe looks at activations; give calibration windows")
     clock = Clock()
     if scheme.outliers.reorder and statistics is None:
         assert token_ids is not None
-        statistics = calibrate_blocks(model, token_ids, device, on_progress)
+        statistics = calibrate_blocks(model, token_ids, device, on_progress, routing)
         clock.lap("statistics")
     solves = recipe.solver.method == "gptq" and scheme.weights.n_bits < FLOAT_BITS
     inputs = None
@@ -118,7 +130,10 @@ def quantize_blocks(
         def within(share: float, doing: str, index: int = index) -> None:
             on_progress(index + share, len(blocks), doing)
 
+        if inputs is not None:
+            routing.open(block, prefix, family, inputs)
         reports += quantizer.solve(inputs, within)
+        routing.close(block)
         if inputs is not None:
             within(0.8, "forward")
             inputs.run(block)
@@ -131,7 +146,8 @@ def quantize_blocks(
         clock.lap("writing")
     on_progress(len(blocks), len(blocks), "done")
     widest = max(shape.n_in for shape in linear_shapes(model, family).values())
-    return QuantizationReport(tuple(reports), widest, _warnings(reports, recipe), clock.seconds)
+    warnings = _warnings(reports, recipe) + _starving_warnings(routing)
+    return QuantizationReport(tuple(reports), widest, warnings, clock.seconds, routing.starved)
 
 
 def check_widths(model: PreTrainedModel, family: ModelFamily, scheme: QuantScheme) -> None:
@@ -158,9 +174,14 @@ def _watch_inputs(
         assert isinstance(linear, nn.Linear)
         accumulator = StatisticsAccumulator(linear.in_features, linear.weight.device)
 
-        def watch(_module: nn.Module, args: tuple[torch.Tensor], add: Any = accumulator.add) -> None:
-            # Some blocks flatten windows into rows.
-            add(args[0].reshape(-1, seq_len, args[0].shape[-1]))
+        def watch(
+            _module: nn.Module,
+            args: tuple[torch.Tensor],
+            add: Any = accumulator.add,
+            routed: bool = group.routed,
+        ) -> None:
+            # Some blocks flatten windows into rows; an expert sees tokens of many windows.
+            add(args[0] if routed else args[0].reshape(-1, seq_len, args[0].shape[-1]))
 
         watched[group.owner] = (accumulator, linear.register_forward_pre_hook(watch))
     return watched
@@ -211,3 +232,13 @@ def _warnings(reports: list[LinearReport], recipe: Recipe) -> tuple[str, ...]:
             f"most: {worst.name} with {worst.n_dead}"
         )
     return tuple(warnings)
+
+
+def _starving_warnings(routing: ExpertRouting) -> tuple[str, ...]:
+    if not routing.starved:
+        return ()
+    least = min(routing.starved, key=lambda name: routing.starved[name])
+    return (
+        f"{len(routing.starved)} experts saw fewer than {STARVED_TOKENS} calibration tokens "
+        f"and were calibrated on all of them; least: {least} with {routing.starved[least]}",
+    )

@@ -17,6 +17,7 @@ from torch import nn
 from atomq.config import FLOAT_BITS, QuantScheme, Recipe
 from atomq.method.hessian import HessianAccumulator
 from atomq.method.reorder import reorder_inputs, reorder_outputs
+from atomq.method.routed import RoutedHessian
 from atomq.method.solve import SolvedLinear, solve_group
 from atomq.method.statistics import channel_order
 from atomq.models.blocks import BlockInputs, InputSeen, block_groups, block_stages
@@ -42,15 +43,15 @@ class LinearReport:
 
 
 class Clock:
-    """Adds up wall seconds per phase; on CUDA a phase ends when its work is queued, which sums up all the
-    same.
-    """
+    """Adds up wall seconds per phase; on CUDA a phase ends when its work is done."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._last = time.perf_counter()
 
     def lap(self, phase: str) -> None:
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
         self._last = now
@@ -176,20 +177,24 @@ def _collect_hessians(
 ) -> dict[str, HessianAccumulator]:
     """Hessians of the quantized inputs of `groups` by owner, from one pass as far as the last of them."""
     n_tokens = inputs.hidden.shape[0] * inputs.hidden.shape[1]
-    hessians = {}
+    hessians: dict[str, HessianAccumulator | RoutedHessian] = {}
     for group in groups:
         linear = linears[group.owner]
-        width = linear.in_features
-        accumulator = HessianAccumulator(width, inputs.hidden.device, holdout=n_tokens < width)
+        width, device = linear.in_features, inputs.hidden.device
+        accumulator: HessianAccumulator | RoutedHessian
+        if group.routed:
+            accumulator = RoutedHessian(width, device)
+        else:
+            accumulator = HessianAccumulator(width, device, holdout=n_tokens < width)
         hessians[group.owner] = accumulator
         linear.observer = accumulator.add if group is not groups[-1] else _add_and_stop(accumulator)
     inputs.observe(block)
     for group in groups:
         linears[group.owner].observer = None
-    return hessians
+    return {name: h.result() if isinstance(h, RoutedHessian) else h for name, h in hessians.items()}
 
 
-def _add_and_stop(accumulator: HessianAccumulator) -> Callable[[torch.Tensor], None]:
+def _add_and_stop(accumulator: HessianAccumulator | RoutedHessian) -> Callable[[torch.Tensor], None]:
     def observe(x: torch.Tensor) -> None:
         accumulator.add(x)
         raise InputSeen

@@ -212,15 +212,17 @@ class Recipe:
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """The calibration text: the four options of `calibrate` and `quantize`.
+    """The calibration text: the options of `calibrate` and `quantize`.
 
-    `n_samples` and `seq_len` None stand for the source's default (docs/method.md).
+    `n_samples` and `seq_len` None stand for the source's default (docs/method.md). `all_experts`: the experts
+    of a mixture see every token, and not only those that are routed to them.
     """
 
     data: str = "builtin"
     n_samples: int | None = None
     seq_len: int | None = None
     seed: int = 0
+    all_experts: bool = False
 
     def __post_init__(self) -> None:
         if self.n_samples is not None and self.n_samples < 1:

@@ -29,6 +29,7 @@ from atomq.formats.checkpoint import check_tensors, read_tensors, tensor_headers
 from atomq.formats.schema import QUANT_METHOD, check_values, parse_quantization_config
 from atomq.models.attention import attention_for
 from atomq.models.blocks import blocks_of
+from atomq.models.experts import unfuse_experts
 from atomq.models.quantized import head_dim_of, install_kv_quantizer, install_linears
 from atomq.numerics.linear import QuantizedLinear
 
@@ -93,6 +94,7 @@ class AtomqQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise CheckpointError("an atomq checkpoint is loaded from its files, not from a state dict")
         self._folder = Path(checkpoint_files[0]).parent
+        unfuse_experts(model, family)
         headers = tensor_headers(self._folder)
         check_tensors(headers, expected_tensors(model, family, scheme))
         self._exact: set[str] = set()
@@ -126,6 +128,10 @@ class AtomqQuantizer(HfQuantizer):
         for cast in ("half", "float"):  # transformers forbids them; here they leave codes and scales alone
             setattr(model, cast, MethodType(getattr(nn.Module, cast), model))
         return model
+
+    def update_weight_conversions(self, _conversions: list[Any], _model: Any = None) -> list[Any]:
+        """None: a checkpoint's tensors have the names of its modules, also where transformers fuses them."""
+        return []
 
     def is_serializable(self) -> bool:
         return True

@@ -34,6 +34,7 @@ from atomq.formats.files import write_file, write_json
 from atomq.formats.schema import code_bytes, effective_bits, quantization_config
 from atomq.formats.writer import CheckpointWriter
 from atomq.models.blocks import linear_shapes
+from atomq.models.experts import ExpertRouting
 from atomq.models.families import LinearShape, ModelFamily, find_family
 from atomq.models.loading import companions, is_local_path, load_float_model, load_tokenizer
 from atomq.models.quantized import head_dim_of
@@ -99,12 +100,19 @@ def calibrate(
     windows = _cut_windows(load_tokenizer(source), calibration)
     model = load_float_model(source)
     windows.check_vocabulary(model.config.vocab_size)
-    check_widths(model, find_family(model.config.model_type), QuantScheme(outliers=outliers))
-    statistics = calibrate_blocks(model, windows.token_ids, place, on_progress)
+    family = find_family(model.config.model_type)
+    check_widths(model, family, QuantScheme(outliers=outliers))
+    routing = _expert_routing(family, calibration)
+    statistics = calibrate_blocks(model, windows.token_ids, place, on_progress, routing)
     scheme = QuantScheme(outliers=outliers)
     orders = group_orders(statistics, scheme)
     key = _calibration_key(source, windows, calibration, scheme)
-    facts = {"model": source.name, "calibration": _window_facts(windows), "atomq": atomq.__version__}
+    facts = {
+        "model": source.name,
+        "calibration": _window_facts(windows),
+        "starved_experts": routing.starved,
+        "atomq": atomq.__version__,
+    }
     if picture is not None:
         kind = picture.suffix.removeprefix(".")
         content = draw_channels(statistics, outliers.metric, outliers.n_outliers, source.name, kind)
@@ -174,6 +182,7 @@ def quantize(
             None if windows is None else windows.token_ids,
             statistics,
             write_block,
+            _expert_routing(family, calibration),
         )
         writer.write_shard(1, _tensors_outside_blocks(model, f"{family.blocks}.", storage_dtype))
         writer.write_index()
@@ -219,12 +228,23 @@ def _cut_windows(tokenizer: PreTrainedTokenizerBase, calibration: CalibrationCon
     )
 
 
+def _expert_routing(family: ModelFamily, calibration: CalibrationConfig) -> ExpertRouting:
+    if calibration.all_experts and not family.has_experts:
+        raise ConfigError(f"{family.model_type} models have no experts; leave --moe-calibrate-all away")
+    return ExpertRouting(calibration.all_experts)
+
+
 def _calibration_key(
     source: ModelSource, windows: TokenWindows, calibration: CalibrationConfig, scheme: QuantScheme
 ) -> CalibrationKey:
     outliers = scheme.outliers
     return CalibrationKey(
-        source_hash(source), windows.data_hash, calibration.seed, outliers.metric, outliers.n_outliers
+        source_hash(source),
+        windows.data_hash,
+        calibration.seed,
+        outliers.metric,
+        outliers.n_outliers,
+        all_experts=calibration.all_experts,
     )
 
 
@@ -301,6 +321,7 @@ def _manifest_facts(
         "recipe": to_dict(recipe),
         "calibration": None if windows is None else _window_facts(windows),
         "deviations": deviations,
+        "starved_experts": report.starved_experts,
         "warnings": warnings,
         "device": device.type,
         "versions": {

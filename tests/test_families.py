@@ -26,6 +26,7 @@ from atomq.config import (
 )
 from atomq.models.attention import attention_for
 from atomq.models.blocks import block_groups, blocks_of, capture_block_inputs
+from atomq.models.experts import unfuse_experts
 from atomq.models.families import FAMILIES, find_family
 from atomq.numerics.linear import QuantizedLinear
 
@@ -38,7 +39,14 @@ EIGHT_BITS = Recipe(
         WeightScheme(8, group_size=16), ActivationScheme(8, group_size=16), REORDERED, KVScheme(n_bits=8)
     )
 )
+FULL_PRECISION = {"mlp.shared_expert_gate"}  # routers beside those that are no linears
 README = Path(__file__).resolve().parent.parent / "README.md"
+
+
+@pytest.fixture(autouse=True)
+def _few_tokens_are_enough(monkeypatch):
+    """Else all experts would be starved by so little text."""
+    monkeypatch.setattr("atomq.models.experts.STARVED_TOKENS", 8)
 
 
 def quiet(_done: float, _total: int, _step: str) -> None:
@@ -46,10 +54,11 @@ def quiet(_done: float, _total: int, _step: str) -> None:
 
 
 def float_model(kind: str) -> nn.Module:
-    """A tiny model with the attention that pipeline and loader give it, and no outliers in norms of heads
-    and after a part: they would make attention so sharp that the smallest difference decides where it looks.
+    """A tiny model with the experts and the attention that the loader gives it, and no outliers in norms of
+    heads and after a part: they would make attention so sharp that the smallest difference moves it.
     """
     model = make_tiny_model(kind)
+    unfuse_experts(model, family_of(model))
     model.set_attn_implementation(attention_for(KVScheme(), model.config))
     for name, parameter in model.named_parameters():
         if "q_norm" in name or "k_norm" in name or ".post_" in name:
@@ -78,9 +87,10 @@ def test_the_table_of_the_readme_is_that_of_the_code():
 
 @pytest.mark.parametrize("kind", FAMILY_MODELS)
 def test_no_linear_of_a_block_is_forgotten(kind):
-    model = make_tiny_model(kind)
+    model = float_model(kind)
     for block in blocks_of(model, family_of(model)):
         linears = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+        linears -= FULL_PRECISION
         groups = block_groups(block, family_of(model))
         assert {name for group in groups for name in group.linears} == linears
 
@@ -117,7 +127,9 @@ def test_a_reordered_model_that_rounds_nothing_equals_the_original(kind, transfo
 def test_eight_bits_stay_close_to_the_original(kind):
     model = float_model(kind)
     report = quantize_blocks(model, EIGHT_BITS, CPU, quiet, TOKENS)
-    assert 1e-5 < relative_error(model(TOKENS).logits, float_model(kind)(TOKENS).logits) < 0.06
+    logits, expected = model(TOKENS).logits, float_model(kind)(TOKENS).logits
+    errors = (logits - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert 1e-5 < errors.median() < 0.06  # not the mean: a router may send a token elsewhere
     groups = [
         group
         for block in blocks_of(model, family_of(model))
@@ -138,7 +150,8 @@ def test_statistics_equal_those_of_hooks_on_a_forward_of_the_whole_model(kind):
     model(TOKENS)
     assert set(found) == set(seen)
     for name, x in seen.items():
-        x = x.double().reshape(*TOKENS.shape, -1)
+        n_windows = 1 if ".experts." in name else len(TOKENS)
+        x = x.double().reshape(n_windows, -1, x.shape[-1])
         assert torch.allclose(found[name].hessian.double(), 2 * x.square().mean((0, 1)), rtol=1e-3, atol=1e-9)
         assert torch.allclose(found[name].abs_mean.double(), x.abs().mean(1).amax(0), rtol=1e-3, atol=1e-9)
 

@@ -32,6 +32,7 @@ TINY_MODELS = {
 }
 
 _SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
 _ROPE_LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 1e4,
@@ -64,6 +65,16 @@ FAMILY_MODELS = TINY_MODELS | {
     "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0], "pad_token_id": 0}),
     "phi3": ("Phi3Config", {"pad_token_id": 0}),
     "starcoder2": ("Starcoder2Config", {"use_bias": True}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        _EXPERTS | {"shared_expert_intermediate_size": 40, "moe_intermediate_size": 32, "qkv_bias": True},
+    ),
+    "qwen3_moe": ("Qwen3MoeConfig", _EXPERTS | {"head_dim": 16, "moe_intermediate_size": 32}),
+    "qwen3_moe-dense-first": (
+        "Qwen3MoeConfig",
+        _EXPERTS | {"head_dim": 16, "moe_intermediate_size": 32, "mlp_only_layers": [0]},
+    ),
     "opt": (
         "OPTConfig",
         {"ffn_dim": 80, "word_embed_proj_dim": 48, "pad_token_id": 0, "tie_word_embeddings": True},

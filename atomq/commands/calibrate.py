@@ -9,6 +9,7 @@ import typer
 
 from atomq.commands import console
 from atomq.commands.options import (
+    AllExpertsOption,
     CalibDataOption,
     DeviceOption,
     JsonOption,
@@ -42,12 +43,13 @@ def command(
     n_samples: SamplesOption = None,
     seq_len: SeqLenOption = None,
     seed: SeedOption = 0,
+    moe_calibrate_all: AllExpertsOption = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
     device: DeviceOption = "auto",
     json_output: JsonOption = False,
 ) -> None:
     outliers = OutlierScheme(n_outliers, "int8", metric, reorder=True)  # type: ignore[arg-type] # it checks
-    config = CalibrationConfig(calib_data, n_samples, seq_len, seed)
+    config = CalibrationConfig(calib_data, n_samples, seq_len, seed, moe_calibrate_all)
     for path in (output, *([] if plot is None else [plot])):
         if path.is_dir() or not path.name:
             raise ConfigError(f"{path} is a folder; name a file")

@@ -25,7 +25,7 @@ CalibDataOption = Annotated[
 SamplesOption = Annotated[
     int | None,
     typer.Option(
-        help="Windows to calibrate on. Default: all of builtin, else 128.", rich_help_panel="Calibration"
+        help="Calibration windows. Default: all of builtin, else 128.", rich_help_panel="Calibration"
     ),
 ]
 SeqLenOption = Annotated[
@@ -35,6 +35,14 @@ SeqLenOption = Annotated[
     ),
 ]
 SeedOption = Annotated[int, typer.Option(help="Seed for drawing windows.", rich_help_panel="Calibration")]
+AllExpertsOption = Annotated[
+    bool,
+    typer.Option(
+        "--moe-calibrate-all",
+        help="Every expert of a mixture sees all tokens.",
+        rich_help_panel="Calibration",
+    ),
+]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 BackendOption = Annotated[
     str, typer.Option(help="simulation (torch, float32) or kernels (the GPU's INT4 kernels).")

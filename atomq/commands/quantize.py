@@ -9,6 +9,7 @@ import typer
 
 from atomq.commands import console
 from atomq.commands.options import (
+    AllExpertsOption,
     CalibDataOption,
     DeviceOption,
     JsonOption,
@@ -40,9 +41,7 @@ def command(
     w_bits: Annotated[int | None, typer.Option(help="Weights: 2, 3, 4, 8 or 16.")] = None,
     a_bits: Annotated[int | None, typer.Option(help="Activations: 2, 3, 4, 8 or 16.")] = None,
     kv_bits: Annotated[int | None, typer.Option(help="KV cache: 2, 3, 4, 8 or 16.")] = None,
-    group_size: Annotated[
-        str | None, typer.Option(help="Channels per scale, weights and activations; none = a whole row.")
-    ] = None,
+    group_size: Annotated[str | None, typer.Option(help="Channels per scale; none = a whole row.")] = None,
     n_outliers: Annotated[int | None, typer.Option(help="Outlier channels per linear input.")] = None,
     settings: Annotated[
         list[str] | None,
@@ -59,6 +58,7 @@ def command(
     n_samples: SamplesOption = None,
     seq_len: SeqLenOption = None,
     seed: SeedOption = 0,
+    moe_calibrate_all: AllExpertsOption = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
     check: Annotated[
         str,
@@ -80,11 +80,11 @@ def command(
 
     place = pipeline.choose_device(device)
     arithmetic = None if check == "off" else parse_arithmetic(check, place, "off")
-    config = CalibrationConfig(calib_data, n_samples, seq_len, seed)
+    config = CalibrationConfig(calib_data, n_samples, seq_len, seed, moe_calibrate_all)
     if not recipe.needs_calibration and config != CalibrationConfig():
         raise ConfigError(
             f"preset {preset} with these settings looks at no activations; "
-            f"leave --calib-data, --n-samples, --seq-len and --seed away"
+            f"leave --calib-data, --n-samples, --seq-len, --seed and --moe-calibrate-all away"
         )
     with console.progress("quantize") as on_progress:
         result = pipeline.quantize(

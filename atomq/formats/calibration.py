@@ -34,6 +34,7 @@ class CalibrationKey:
         model_hash: `models.source.source_hash` of the float model.
         data_hash: SHA-256 of the calibration windows' token ids.
         transforms: exact transforms folded into the model before the statistics (none yet).
+        all_experts: whether the experts of a mixture saw every token.
     """
 
     model_hash: str
@@ -42,6 +43,7 @@ class CalibrationKey:
     metric: Metric
     n_outliers: int
     transforms: tuple[str, ...] = ()
+    all_experts: bool = False
 
 
 def write_calibration(

@@ -17,18 +17,26 @@ class StatisticsAccumulator:
     def __init__(self, width: int, device: torch.device) -> None:
         self._sum_squares = torch.zeros(width, dtype=torch.float64, device=device)
         self._abs_mean = torch.zeros(width, dtype=torch.float64, device=device)
+        self._abs_sum = torch.zeros(width, dtype=torch.float64, device=device)
         self._n_tokens = 0
 
     def add(self, x: torch.Tensor) -> None:
-        """Take in activations [n_windows, seq_len, K]."""
+        """Take in activations [n_windows, seq_len, K], or [n_tokens, K], which all count as one window."""
+        if x.dim() == 2:
+            self._sum_squares += x.square().sum(0, dtype=torch.float64)
+            self._abs_sum += x.abs().sum(0, dtype=torch.float64)
+            self._n_tokens += x.shape[0]
+            return
         self._sum_squares += x.square().sum((0, 1), dtype=torch.float64)
         largest = x.abs().mean(1, dtype=torch.float64).amax(0)
         self._abs_mean = torch.maximum(self._abs_mean, largest)
         self._n_tokens += x.shape[0] * x.shape[1]
 
     def result(self) -> ChannelStatistics:
-        hessian = 2 * self._sum_squares / max(self._n_tokens, 1)
-        return ChannelStatistics(hessian.float().cpu(), self._abs_mean.float().cpu())
+        n_tokens = max(self._n_tokens, 1)
+        hessian = 2 * self._sum_squares / n_tokens
+        abs_mean = torch.maximum(self._abs_mean, self._abs_sum / n_tokens)
+        return ChannelStatistics(hessian.float().cpu(), abs_mean.float().cpu())
 
 
 def channel_order(score: torch.Tensor) -> torch.Tensor:

@@ -114,6 +114,31 @@ _OPT_GROUPS = (
     LinearGroup(("fc2",), absorbed_by=("fc1",)),
 )
 
+_ATTENTION_GROUPS = _LLAMA_GROUPS[:2]
+_EXPERT_GROUPS = (
+    LinearGroup(("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")),
+    LinearGroup(
+        ("mlp.experts.*.down_proj",), absorbed_by=("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")
+    ),
+)
+_SHARED_EXPERT_GROUPS = (
+    LinearGroup(("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")),
+    LinearGroup(
+        ("mlp.shared_expert.down_proj",),
+        absorbed_by=("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+    ),
+)
+
+# What files call modules that transformers calls otherwise: (pattern, its replacement) by family.
+STORED_NAMES: dict[str, tuple[tuple[str, str], ...]] = {
+    "mixtral": (
+        (r"\.block_sparse_moe\.", ".mlp."),
+        (r"(\.experts\.\d+)\.w1\.", r"\1.gate_proj."),
+        (r"(\.experts\.\d+)\.w2\.", r"\1.down_proj."),
+        (r"(\.experts\.\d+)\.w3\.", r"\1.up_proj."),
+    )
+}
+
 FAMILIES: dict[str, ModelFamily] = {
     family.model_type: family
     for family in (
@@ -129,6 +154,9 @@ FAMILIES: dict[str, ModelFamily] = {
         ModelFamily("smollm3", _LLAMA_GROUPS),
         ModelFamily("phi3", _PHI3_GROUPS, key="self_attn.qkv_proj", value="self_attn.qkv_proj"),
         ModelFamily("starcoder2", _STARCODER2_GROUPS),
+        ModelFamily("mixtral", _ATTENTION_GROUPS + _EXPERT_GROUPS),
+        ModelFamily("qwen2_moe", _LLAMA_GROUPS + _SHARED_EXPERT_GROUPS + _EXPERT_GROUPS),
+        ModelFamily("qwen3_moe", _LLAMA_GROUPS + _EXPERT_GROUPS, key="self_attn.k_norm"),
         ModelFamily(
             "opt",
             _OPT_GROUPS,

@@ -8,6 +8,7 @@ Code that a model brings along (`trust_remote_code`) is never run.
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -28,7 +29,8 @@ from transformers.utils import logging as transformers_logging
 from atomq.config import KVScheme
 from atomq.errors import ConfigError, StorageError, UnsupportedModelError
 from atomq.models.attention import attention_for
-from atomq.models.families import find_family
+from atomq.models.experts import fuse_weights, unfuse_experts
+from atomq.models.families import STORED_NAMES, find_family
 from atomq.models.gguf import read_gguf
 from atomq.models.gguf_model import gguf_config, gguf_tensors
 from atomq.models.gguf_tokenizer import gguf_tokenizer
@@ -207,6 +209,7 @@ def empty_model(config: PreTrainedConfig, source: ModelSource) -> PreTrainedMode
         raise UnsupportedModelError(
             f"{source.name}: the config makes no model: {_one_line(error)}"
         ) from error
+    unfuse_experts(model, find_family(config.model_type))
     return model
 
 
@@ -215,8 +218,11 @@ def _stored_tensors(source: ModelSource, config: PreTrainedConfig) -> dict[str, 
     if source.kind == "gguf":
         return gguf_tensors(read_gguf(source.path), config)
     stored: dict[str, StoredTensor] = {}
+    renames = STORED_NAMES.get(config.model_type, ())
     for file in weight_files(source):
         for name, tensor in read_safetensors_header(file).items():
+            for pattern, replacement in renames:
+                name = re.sub(pattern, replacement, name)
             if name in stored:
                 raise UnsupportedModelError(f"{source.name} has {name} in two files; fetch the model again")
             if not name.endswith("rotary_emb.inv_freq"):  # old files carry it; the config gives it
@@ -265,16 +271,18 @@ def _filled_model(
     # Else a bar would count tensors that are in memory already.
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        return model_class.from_pretrained(
+        model = model_class.from_pretrained(
             None,
             config=config,
-            state_dict=weights,
+            state_dict=fuse_weights(weights),
             dtype=torch.float32,
             attn_implementation=attention_for(KVScheme(), config),
         )
     finally:
         if shows_progress:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    unfuse_experts(model, find_family(config.model_type))
+    return model
 
 
 def _generation_config(source: ModelSource, config: PreTrainedConfig) -> GenerationConfig:

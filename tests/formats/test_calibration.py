@@ -66,6 +66,7 @@ def test_the_file_holds_what_the_document_says(path):
         "metric": "hessian",
         "n_outliers": 2,
         "transforms": [],
+        "all_experts": False,
     }
     assert content["facts"] == {"model": "tiny"}
 
@@ -82,6 +83,7 @@ OTHER = {
     "metric": "abs_mean",
     "n_outliers": 3,
     "transforms": ("rotation",),
+    "all_experts": True,
 }
 
 
