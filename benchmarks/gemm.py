@@ -1,22 +1,38 @@
-"""Measure the GEMM kernels on a GPU, write benchmarks/results/<date>-<gpu>-gemm.json, print the table of it.
+"""Measure the GEMM kernels and `quantize_act` on a GPU beside their peers, and print the tables of a record.
 
-python benchmarks/gemm.py --save benchmarks/results/2026-11-22-h100-gemm.json
-python benchmarks/gemm.py --table benchmarks/results/2026-11-22-h100-gemm.json
+python -m benchmarks.gemm --save benchmarks/results/2026-11-22-h100-gemm.json --commit $(git rev-parse HEAD)
+python -m benchmarks.gemm --table benchmarks/results/2026-11-22-h100-gemm.json
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import cupy
+import torch
 
-from atomq.eval.gemm_bench import Mode, bench, environment
+from atomq.eval.gemm_bench import (
+    Ceilings,
+    all_candidates,
+    bench,
+    environment,
+    measure_ceilings,
+    usable,
+)
+from atomq.eval.gemm_timing import n_copies, time_in_turns
+from atomq.kernels.activations import quantize_act
+from atomq.kernels.layout import ActivationFormat, ChannelOrder
+from benchmarks.gemm_goals import check_goals
 
 SHAPES = [
     (28672, 8192),
@@ -27,51 +43,112 @@ SHAPES = [
     (4096, 11008),
     (14336, 4096),
 ]
-FEW_TOKENS = [1, 16, 64]  # all of them before the others, which leave the card throttled for a while
-MANY_TOKENS = [128, 256, 1024, 4096]
-MODES: list[Mode] = ["w4a4", "w4a4-mixed", "w4a4-progressive"]
-COLUMNS = ["w4a4", "w4a4-mixed", "w4a4-progressive", "w4a16", "fp16", "bf16", "int8", "fp8"]
+# The few tokens of all shapes come first: many leave the card hot for a while.
+PASSES = [[1, 2, 4, 8, 16, 32, 64], [128, 256, 1024, 2048, 4096]]
+QUANTIZE_TOKENS, QUANTIZE_CHANNELS = 4096, (4096, 28672)
 
 
-def measure(commit: str) -> dict[str, Any]:
-    """Run everything; results go to stderr as they come."""
-    query = "--query-gpu=driver_version,clocks.sm,power.draw"
-    smi = ["nvidia-smi", query, "--format=csv,noheader"]
-    before = subprocess.run(smi, capture_output=True, text=True, check=True).stdout.strip()
-    results = []
-    passes: list[tuple[list[Mode], list[int]]] = [([*MODES, "w4a16"], FEW_TOKENS), (MODES, MANY_TOKENS)]
-    for modes, tokens in passes:
-        for result in bench(SHAPES, tokens, modes):
-            results.append(result.to_dict())
-            shape = f"{result.n_channels}x{result.n_inputs} M={result.n_tokens}"
-            line = f"{shape} {result.name} {result.timing.graph_us:.1f} us {result.tops:.0f} TOPS"
-            sys.stderr.write(line + "\n")
-    after = subprocess.run(smi, capture_output=True, text=True, check=True).stdout.strip()
-    return {
+def measure(path: Path, commit: str) -> dict[str, Any]:
+    """Run everything; the record is written after every shape, results go to stderr as they come."""
+    candidates, left_out = usable(all_candidates())
+    ceilings = measure_ceilings()
+    record = {
         "date": datetime.date.today().isoformat(),
         "commit": commit,
-        **environment(),
+        **environment(ceilings),
         "cupy": cupy.__version__,
         "nvrtc": ".".join(map(str, cupy.cuda.nvrtc.getVersion())),
-        "driver_clock_power_before": before,
-        "driver_clock_power_after": after,
+        "humming": installed_version("humming-kernels"),
+        "left_out": left_out,
+        "driver_clock_power_before": driver_clock_power(),
         "group_size": 128,
         "n_outliers": 128,
-        "results": results,
+        "results": [],
     }
+    started = time.perf_counter()
+    for tokens in PASSES:
+        for shape in SHAPES:
+            for result in bench([shape], tokens, candidates, ceilings):
+                record["results"].append(result.to_dict())
+            took = f"{time.perf_counter() - started:.0f} s"
+            sys.stderr.write(f"{shape[0]}x{shape[1]}, {tokens[0]} to {tokens[-1]} tokens: {took}\n")
+            path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    record["quantize"] = list(measure_quantize(ceilings))
+    record["driver_clock_power_after"] = driver_clock_power()
+    record["seconds"] = time.perf_counter() - started
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return record
+
+
+def measure_quantize(ceilings: Ceilings) -> Iterator[dict[str, Any]]:
+    """`quantize_act` on many tokens: bytes per second, and their fraction of a copy's."""
+    for n_channels in QUANTIZE_CHANNELS:
+        n_bytes = 2 * QUANTIZE_TOKENS * n_channels
+        tokens = [
+            torch.randn(QUANTIZE_TOKENS, n_channels, device="cuda", dtype=torch.float16)
+            for _ in range(n_copies(n_bytes))
+        ]
+        cases = []
+        for gathers in (False, True):
+            for hadamard in (False, True):
+                form = ActivationFormat(n_channels, 128, clip_ratio=0.9, hadamard=hadamard)
+                order = ChannelOrder.of(torch.randperm(n_channels, device="cuda"), form) if gathers else None
+                cases.append((gathers, hadamard, form, order))
+        launches = [
+            [functools.partial(quantize_act, x, form, order) for x in tokens] for _, _, form, order in cases
+        ]
+        for (gathers, hadamard, form, order), timing in zip(cases, time_in_turns(launches), strict=True):
+            packed = quantize_act(tokens[0], form, order)
+            moved = n_bytes + packed.codes.nbytes + packed.token_scales.nbytes
+            yield {
+                "n_tokens": QUANTIZE_TOKENS,
+                "n_channels": n_channels,
+                "gather": gathers,
+                "hadamard": hadamard,
+                "graph_us": timing.graph_us,
+                "gb_per_s": 1e-3 * moved / timing.graph_us,
+                "of_copy": 1e6 * moved / timing.graph_us / ceilings.bandwidth,
+            }
+
+
+def driver_clock_power() -> str:
+    """What nvidia-smi says of the driver, the SMs' clock and the power drawn now."""
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,power.draw", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def table(record: dict[str, Any]) -> str:
-    """Microseconds in a graph, TOPS in brackets, as a Markdown table."""
+    """Microseconds in a graph, TOP/s in brackets, as Markdown."""
     cells = {(r["n_channels"], r["n_inputs"], r["n_tokens"], r["name"]): r for r in record["results"]}
+    names = list(dict.fromkeys(r["name"] for r in record["results"]))
     rows = dict.fromkeys(key[:3] for key in cells)
-    lines = [f"| N x K | M | {' | '.join(COLUMNS)} |", "| --- " * (len(COLUMNS) + 2) + "|"]
+    lines = [f"| N x K | M | {' | '.join(names)} |", "| --- " * (len(names) + 2) + "|"]
     for n_channels, n_inputs, n_tokens in sorted(rows, key=lambda key: (-key[0] * key[1], -key[0], key[2])):
         texts = []
-        for name in COLUMNS:
+        for name in names:
             result = cells.get((n_channels, n_inputs, n_tokens, name))
             texts.append(f"{result['timing']['graph_us']:.1f} ({result['tops']:.0f})" if result else "")
         lines.append(f"| {n_channels}x{n_inputs} | {n_tokens} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+def quantize_table(record: dict[str, Any]) -> str:
+    """`quantize_act` as Markdown."""
+    lines = [
+        "| M x K | gather | transform | us | GB/s | of a copy |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in record.get("quantize", []):
+        does = " | ".join("yes" if r[key] else "no" for key in ("gather", "hadamard"))
+        rates = f"{r['graph_us']:.1f} | {r['gb_per_s']:.0f} | {100 * r['of_copy']:.0f} %"
+        lines.append(f"| {r['n_tokens']}x{r['n_channels']} | {does} | {rates} |")
     return "\n".join(lines)
 
 
@@ -82,10 +159,10 @@ def main() -> None:
     parser.add_argument("--commit", default="")
     options = parser.parse_args()
     if options.save:
-        options.save.write_text(json.dumps(measure(options.commit), indent=1) + "\n", encoding="utf-8")
+        measure(options.save, options.commit)
     if options.table or options.save:
         record = json.loads((options.table or options.save).read_text(encoding="utf-8"))
-        sys.stdout.write(table(record) + "\n")
+        sys.stdout.write("\n\n".join((table(record), quantize_table(record), check_goals(record))) + "\n")
 
 
 if __name__ == "__main__":

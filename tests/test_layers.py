@@ -92,6 +92,7 @@ LIBRARIES = {
     "datasets": {"eval.corpora": LAZILY},
     "pyarrow": {"eval.corpora": LAZILY},
     "cupy": {"kernels.loader": LAZILY},
+    "humming": {"eval.gemm_peers": LAZILY},
     "cuda": {"kernels.loader": LAZILY},
 }
 WEAKER = {ALWAYS: {ALWAYS, LAZILY, TYPES}, LAZILY: {LAZILY, TYPES}, TYPES: {TYPES}}

@@ -13,16 +13,15 @@ from atomq.commands.options import JsonOption
 from atomq.errors import ConfigError
 
 if TYPE_CHECKING:
-    from atomq.eval.gemm_bench import Mode, Result
+    from atomq.eval.gemm_bench import Result
+    from atomq.eval.gemm_candidates import Candidate
 
-HELP = "Check the GEMM kernels against exact arithmetic, then time them beside fp16, INT8 and FP8."
-MODES: list[Mode] = ["w4a4", "w4a4-progressive", "w4a16"]
-MAX_W4A16_TOKENS = 64  # the W4A16 kernel is made for decoding
+HELP = "Check the GEMM kernels against exact arithmetic, then time them beside fp16, INT8, FP8 and Humming."
 
 
 def command(
     model: Annotated[
-        str, typer.Option(help="Shapes of a model: llama-2-7b, llama-3-8b, llama-3-70b, smollm2-135m.")
+        str, typer.Option(help="Shapes of a model, such as llama-2-7b, llama-3-8b, llama-3-70b, qwen3-8b.")
     ] = "llama-2-7b",
     shape: Annotated[
         list[str] | None, typer.Option(metavar="NxK", help="Output channels x inputs; in place of --model.")
@@ -31,6 +30,10 @@ def command(
         Path | None, typer.Option(help="Shapes of a checkpoint's linears; in place of --model.")
     ] = None,
     tokens: Annotated[str, typer.Option(help="Numbers of tokens.")] = "1,16,64,128,256,1024,4096",
+    only: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,...", help="Only these kernels and peers. Default: all that run here."),
+    ] = None,
     compile_only: Annotated[
         bool, typer.Option("--compile-only", help="No GPU: compile every kernel for every architecture.")
     ] = False,
@@ -50,16 +53,20 @@ def command(
             raise ConfigError(f"{path} must end in {' or '.join(endings)}")
     shapes = _shapes(model, shape or [], checkpoint)
     counts = parse_tokens(tokens)
+    candidates, left_out = gemm_bench.usable(_chosen(gemm_bench.all_candidates(), only))
+    console.warn([f"{name} is left out: {why}" for name, why in left_out.items()])
+    ceilings = gemm_bench.measure_ceilings()
     results: list[Result] = []
-    n_cases = len(shapes) * len(counts) * (len(MODES) + len(gemm_bench.TORCH_PEERS))
+    n_cases = len(shapes) * len(counts) * len(candidates)
     with console.progress("bench-gemm") as on_progress:
-        for mode in MODES:
-            allowed = [m for m in counts if mode != "w4a16" or m <= MAX_W4A16_TOKENS]
-            peers = gemm_bench.TORCH_PEERS if mode == MODES[0] else ()
-            for result in gemm_bench.bench(shapes, allowed, [mode], peers=peers):
-                results.append(result)
-                on_progress(len(results), n_cases, f"{result.name} {result.n_channels}x{result.n_inputs}")
-    record = {**gemm_bench.environment(), "results": [result.to_dict() for result in results]}
+        for result in gemm_bench.bench(shapes, counts, candidates, ceilings):
+            results.append(result)
+            on_progress(len(results), n_cases, f"{result.name} {result.n_channels}x{result.n_inputs}")
+    record = {
+        **gemm_bench.environment(ceilings),
+        "left_out": left_out,
+        "results": [result.to_dict() for result in results],
+    }
     if save is not None:
         from atomq.formats.files import write_json
 
@@ -92,6 +99,16 @@ def parse_tokens(text: str) -> list[int]:
     return counts
 
 
+def _chosen(candidates: list[Candidate], only: str | None) -> list[Candidate]:
+    if only is None:
+        return candidates
+    names, wanted = [candidate.name for candidate in candidates], only.split(",")
+    for name in wanted:
+        if name not in names:
+            raise ConfigError(f"--only {name}: there is no such kernel or peer; there are {', '.join(names)}")
+    return [candidate for candidate in candidates if candidate.name in wanted]
+
+
 def _shapes(model: str, texts: list[str], checkpoint: Path | None) -> list[tuple[int, int]]:
     from atomq.eval.gemm_bench import MODEL_SHAPES
 
@@ -116,22 +133,22 @@ def _parse_shape(text: str) -> tuple[int, int]:
 
 
 def _print_shape(size: tuple[int, int], results: list[Result], gpu: str) -> None:
-    fp16 = {r.n_tokens: r.timing.graph_us for r in results if r.name == "fp16"}
-    peers = [r for r in results if r.error is None]
-    best = {m: min((r.timing.graph_us for r in peers if r.n_tokens == m), default=None) for m in fp16}
     rows = []
-    for r in sorted(results, key=lambda r: (r.n_tokens, r.error is None)):
-        reference, rival = fp16.get(r.n_tokens), best.get(r.n_tokens)
+    for r in sorted(results, key=lambda r: (r.n_tokens, r.is_peer)):
+        beside = [other for other in results if other.n_tokens == r.n_tokens]
+        fp16 = min((o.timing.graph_us for o in beside if o.name == "fp16"), default=None)
+        rival = min((o.timing.graph_us for o in beside if o.is_peer), default=None)
         rows.append(
             [
                 r.name,
                 str(r.n_tokens),
                 f"{r.timing.graph_us:.1f}",
                 f"{r.timing.cold_us:.1f}",
+                "" if r.whole is None else f"{r.whole.graph_us:.1f}",
                 f"{r.tops:.0f}",
                 f"{r.gigabytes_per_s:.0f}",
                 f"{100 * r.floor_us / r.timing.graph_us:.0f} %",
-                "" if reference is None else f"{reference / r.timing.graph_us:.2f}x",
+                "" if fp16 is None else f"{fp16 / r.timing.graph_us:.2f}x",
                 "" if rival is None else f"{rival / r.timing.graph_us:.2f}x",
             ]
         )
@@ -140,6 +157,7 @@ def _print_shape(size: tuple[int, int], results: list[Result], gpu: str) -> None
         "tokens",
         "us",
         "us, cold",
+        "us, quantize too",
         "TOP/s",
         "GB/s",
         "of floor",

@@ -27,7 +27,7 @@ def draw_speedups(path: Path, results: list[dict[str, Any]], gpu: str) -> None:
                 for r in of_shape
                 if r["name"] == name and r["n_tokens"] in fp16
             )
-            ours = name.startswith("w4")
+            ours = not any(r["is_peer"] for r in of_shape if r["name"] == name)
             axis.plot(
                 *zip(*points, strict=True), "o-" if ours else ".--", label=name, linewidth=1.8 if ours else 1
             )
