@@ -14,6 +14,7 @@ from atomq import __version__
 from atomq.commands import (
     bench_gemm,
     calibrate,
+    compare,
     eval_ppl,
     export,
     generate,
@@ -55,6 +56,7 @@ _register("generate", generate.command, generate.HELP)
 _register("inspect", inspect.command, inspect.HELP)
 _register("export", export.command, export.HELP)
 _register("report", report.command, report.HELP)
+_register("compare", compare.command, compare.HELP)
 _register("bench-gemm", bench_gemm.command, bench_gemm.HELP)
 _register("verify", verify.command, verify.HELP)
 

@@ -97,13 +97,14 @@ def recipe_name(recipe: Recipe) -> str:
 
 def changed_settings(before: Recipe, after: Recipe) -> dict[str, Any]:
     """The settings in which `after` differs, named as `override` takes them, with their values there."""
-    old, new = _flat(to_dict(before)), _flat(to_dict(after))
+    old, new = flat_settings(to_dict(before)), flat_settings(to_dict(after))
     return {name: "none" if new[name] is None else new[name] for name in new if old[name] != new[name]}
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings of a recipe (`to_dict`) by the names that `override` takes."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         full = "" if name == "scheme" else f"{prefix}{name}"
-        flat |= _flat(value, f"{full}." if full else "") if isinstance(value, dict) else {full: value}
+        flat |= flat_settings(value, f"{full}." if full else "") if isinstance(value, dict) else {full: value}
     return flat

@@ -37,6 +37,7 @@ COMMANDS = (
     "inspect",
     "export",
     "report",
+    "compare",
 )
 KERNEL_COMMANDS = {"verify", "bench-gemm"}
 TINY = ["--n-outliers", "5", "--group-size", "16"]

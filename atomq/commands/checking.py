@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atomq.commands import console
+from atomq.commands.recording import keep_record
 from atomq.errors import VerificationError
 
 if TYPE_CHECKING:
@@ -32,10 +33,8 @@ def prove_checkpoint(folder: Path, device: torch.device, arithmetic: Arithmetic)
 
 def prove_and_report(folder: Path, device: torch.device, arithmetic: Arithmetic) -> Verification:
     """`prove_checkpoint`, whose result stays in the checkpoint's reports."""
-    from atomq.report.files import save_record
-
     found = prove_checkpoint(folder, device, arithmetic)
-    save_record(folder, "verify", verification_record(folder, device, arithmetic, found))
+    keep_record(folder, "verify", verification_record(folder, device, arithmetic, found))
     return found
 
 

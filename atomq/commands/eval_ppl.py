@@ -9,7 +9,8 @@ import typer
 
 from atomq.commands import console
 from atomq.commands.opening import choose_backend, open_model
-from atomq.commands.options import BackendOption, DeviceOption, JsonOption
+from atomq.commands.options import BackendOption, DeviceOption, JsonOption, NoRecordOption
+from atomq.commands.recording import keep_record, record_name
 
 HELP = "Perplexity of a model or checkpoint (GPTQ protocol), and the KL divergence from a baseline."
 
@@ -40,8 +41,10 @@ def command(
         str, typer.Option(help="Arithmetic between linears: float32, float16 or bfloat16.")
     ] = "float32",
     backend: BackendOption = "simulation",
+    no_record: NoRecordOption = False,
     json_output: JsonOption = False,
 ) -> None:
+    from atomq.checkpoints import is_checkpoint
     from atomq.eval.perplexity import PerplexityProgress, evaluate_perplexity
     from atomq.eval.windows import evaluation_windows
     from atomq.pipeline import choose_device
@@ -81,6 +84,9 @@ def command(
             "baseline_ppl": result.baseline_ppl,
             "kl": result.kl,
         }
+    if is_checkpoint(Path(model)) and not no_record:
+        name = record_name("eval-ppl", windows.corpus, f"{result.n_windows}x{result.seq_len}")
+        keep_record(Path(model), name, record)
     if json_output:
         console.print_json(record)
         return

@@ -50,6 +50,9 @@ BackendOption = Annotated[
 ExportFormatOption = Annotated[
     str, typer.Option("--format", help="compressed-tensors, gptq, gptq_v2 or hf (plain bf16 weights).")
 ]
+NoRecordOption = Annotated[
+    bool, typer.Option("--no-record", help="Do not keep the result in the checkpoint's reports.")
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout, nothing else there.")
 ]

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from atomq.commands import console
-from atomq.commands.options import CheckpointArgument, DeviceOption, JsonOption
+from atomq.commands.options import CheckpointArgument, DeviceOption, JsonOption, NoRecordOption
+from atomq.commands.recording import keep_record
 
 HELP = (
     "Check a checkpoint: integrity, then every linear against exact integer arithmetic on its stored codes. "
@@ -25,6 +26,7 @@ def command(
         ),
     ] = "auto",
     device: DeviceOption = "auto",
+    no_record: NoRecordOption = False,
     json_output: JsonOption = False,
 ) -> None:
     from atomq.commands.checking import prove_checkpoint, refuse_failed, summary_line, verification_record
@@ -34,8 +36,11 @@ def command(
     place = choose_device(device)
     arithmetic = parse_arithmetic(check, place)
     found = prove_checkpoint(checkpoint, place, arithmetic)
+    record = verification_record(checkpoint, place, arithmetic, found)
+    if not no_record:
+        keep_record(checkpoint, "verify", record)
     if json_output:
-        console.print_json(verification_record(checkpoint, place, arithmetic, found))
+        console.print_json(record)
     else:
         rows = [[v.name, f"{v.error:.2e}", str(v.n_wrong_codes), v.computed_by] for v in found.worst(worst)]
         title = f"{checkpoint.name}: the worst of {len(found.verdicts)} linears (allowed {TOLERANCE:g})"

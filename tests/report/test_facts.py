@@ -9,7 +9,8 @@ import shutil
 import pytest
 from tiny_checkpoints import quantize_tiny, stored_tensors
 
-from atomq.errors import CheckpointError
+from atomq.cli import main
+from atomq.errors import CheckpointError, StorageError
 from atomq.report import facts
 from atomq.report.files import save_record, write_report
 
@@ -166,3 +167,27 @@ def test_odd_schemes_have_a_report_too(tiny_dir, tmp_path, scheme, n_maps):
     report = facts.gather(tmp_path / "OUT")
     assert (len(report.linears), len(report.outliers), len(report.scales)) == (14, n_maps, 7)
     assert report.summary.recipe_name.startswith("atom, ")
+
+
+def test_an_evaluation_stays_in_the_reports(out, tmp_path, capsys):
+    text = tmp_path / "some text.txt"
+    text.write_text("seven wizards mix 42 potions. " * 20)
+    argv = ["eval-ppl", str(out), "--data", str(text), "--seq-len", "64", "--max-windows", "2"]
+    assert main([*argv, "--no-record"]) == 0
+    assert facts.gather(out).records == {}
+    capsys.readouterr()
+    assert main([*argv, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    (name,) = facts.gather(out).records
+    assert name == "eval-ppl-some_text.txt-2x64"
+    assert facts.gather(out).records[name] == printed
+    assert f"{printed['ppl']:.4f}" in (out / "reports" / "report.html").read_text()
+
+
+def test_a_checkpoint_that_cannot_be_written_to_only_costs_the_record(out, capsys, monkeypatch):
+    def full(*_arguments):
+        raise StorageError("no space left")
+
+    monkeypatch.setattr("atomq.report.files.write_json", full)
+    assert main(["verify", str(out)]) == 0
+    assert "the result is not kept in the checkpoint's reports: no space left" in capsys.readouterr().err
