@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from atomq import distributed
 from atomq.block_quantizer import BlockQuantizer, Clock, LinearReport
 from atomq.config import FLOAT_BITS, QuantScheme, Recipe
 from atomq.errors import AtomqError, ConfigError
@@ -63,6 +64,7 @@ def calibrate_blocks(
     """
     routing = routing or ExpertRouting()
     family = find_family(model.config.model_type)
+    token_ids = distributed.own_share(token_ids)
     inputs = capture_block_inputs(model, family, token_ids, device)
     blocks = blocks_of(model, family)
     statistics = {}
@@ -115,7 +117,7 @@ def quantize_blocks(
     inputs = None
     if solves:
         assert token_ids is not None
-        inputs = capture_block_inputs(model, family, token_ids, device)
+        inputs = capture_block_inputs(model, family, distributed.own_share(token_ids), device)
     model.set_attn_implementation(attention_for(scheme.kv, model.config))
     blocks = blocks_of(model, family)
     named = model.config.dtype  # what the weights are stored in; a model made in memory may not say

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from atomq import distributed
 from atomq.config import FLOAT_BITS, QuantScheme, Recipe
 from atomq.method.hessian import HessianAccumulator
 from atomq.method.reorder import reorder_inputs, reorder_outputs
@@ -86,27 +87,47 @@ class BlockQuantizer:
 
     def solve(self, inputs: BlockInputs | None, on_step: OnStep) -> list[LinearReport]:
         """Find the codes of every linear; without `inputs` by rounding to nearest."""
-        scheme, solver = self.recipe.scheme, self.recipe.solver
-        stages = block_stages(self.block, self.family)
+        rounds = block_stages(self.block, self.family)
+        if self.recipe.solver.calibration == "block":
+            rounds = (tuple(group for stage in rounds for group in stage),)
         reports: list[LinearReport] = []
-        hessians: dict[str, HessianAccumulator] = {}
-        if inputs is not None:
-            on_step(0.0, "Hessians")
-            if solver.calibration == "block":
-                groups = tuple(group for stage in stages for group in stage)
+        for groups in rounds:
+            hessians: dict[str, HessianAccumulator] = {}
+            if inputs is not None:
+                on_step(0.0, "Hessians")
                 hessians = _collect_hessians(self.block, self._linears, groups, inputs)
-            self.clock.lap("hessians")
-        if scheme.weights.n_bits == FLOAT_BITS:
-            return reports
-        for stage in stages:
-            if inputs is not None and solver.calibration == "sequential":
-                hessians = _collect_hessians(self.block, self._linears, stage, inputs)
                 self.clock.lap("hessians")
-            for group in stage:
-                on_step(0.5, f"{self.prefix}.{group.owner}")
-                reports += self._solve_group(group, hessians.pop(group.owner, None))
-            self.clock.lap("solving")
+            if self.recipe.scheme.weights.n_bits < FLOAT_BITS:
+                reports += self._solve_groups(groups, hessians, on_step)
+                self.clock.lap("solving")
         return reports
+
+    def _solve_groups(
+        self, groups: tuple[LinearGroup, ...], hessians: dict[str, HessianAccumulator], on_step: OnStep
+    ) -> list[LinearReport]:
+        """Solve `groups`, each in one of the processes, and let all have the codes."""
+        owners = distributed.share_work([self._work_of(group) for group in groups])
+        found: dict[str, list[LinearReport]] = {}
+        for group, process in zip(groups, owners, strict=True):
+            hessian = hessians.pop(group.owner, None)
+            if process == distributed.rank():
+                on_step(0.5, f"{self.prefix}.{group.owner}")
+                found[group.owner] = self._solve_group(group, hessian)
+        reports: list[LinearReport] = []
+        for group, process in zip(groups, owners, strict=True):
+            for name in group.linears if distributed.n_processes() > 1 else ():
+                linear = self._linears[name]
+                linear.set_stored(distributed.tensors_from(process, linear.stored(), linear.device))
+            reports += distributed.from_process(process, found.get(group.owner, []))
+        return reports
+
+    def _work_of(self, group: LinearGroup) -> float:
+        """What solving `group` costs, roughly: its Hessian is factorized, and every row updated column by
+        column.
+        """
+        linears = [self._linears[name] for name in group.linears]
+        width = linears[0].in_features
+        return float(width**2 * (width + sum(linear.out_features for linear in linears)))
 
     def _solve_group(self, group: LinearGroup, hessian: HessianAccumulator | None) -> list[LinearReport]:
         weights = [self._linears[name].dense_weight(torch.float32) for name in group.linears]
@@ -176,7 +197,7 @@ def _collect_hessians(
     inputs: BlockInputs,
 ) -> dict[str, HessianAccumulator]:
     """Hessians of the quantized inputs of `groups` by owner, from one pass as far as the last of them."""
-    n_tokens = inputs.hidden.shape[0] * inputs.hidden.shape[1]
+    n_tokens = distributed.total(inputs.hidden.shape[0] * inputs.hidden.shape[1])
     hessians: dict[str, HessianAccumulator | RoutedHessian] = {}
     for group in groups:
         linear = linears[group.owner]
@@ -191,7 +212,10 @@ def _collect_hessians(
     inputs.observe(block)
     for group in groups:
         linears[group.owner].observer = None
-    return {name: h.result() if isinstance(h, RoutedHessian) else h for name, h in hessians.items()}
+    found = {name: h.result() if isinstance(h, RoutedHessian) else h for name, h in hessians.items()}
+    for hessian in found.values():
+        hessian.add_up_processes()
+    return found
 
 
 def _add_and_stop(accumulator: HessianAccumulator | RoutedHessian) -> Callable[[torch.Tensor], None]:

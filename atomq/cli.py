@@ -95,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(sentence: str, exit_code: int) -> int:
     if os.environ.get("ATOMQ_DEBUG") == "1":
         traceback.print_exc()
-    typer.echo(f"error: {sentence}", err=True)
+    if exit_code != 2 or os.environ.get("RANK", "0") == "0":  # all processes see the same bad input
+        typer.echo(f"error: {sentence}", err=True)
     return exit_code
 
 

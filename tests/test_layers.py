@@ -25,6 +25,7 @@ EVERYWHERE = {
     "presets",
     "progress",
     "units",
+    "distributed",
 }  # "": the version in atomq/__init__.py
 BELOW_COMMANDS = {
     "numerics",
@@ -63,6 +64,7 @@ LAW = {
     "hf": {"checkpoints", "models", "formats", "numerics"},
     "progress": set(),
     "units": set(),
+    "distributed": set(),
     "commands": BELOW_COMMANDS,
     "cli": {"commands"},
     "__main__": {"cli"},
@@ -77,7 +79,7 @@ LIBRARIES = {
         ALWAYS,
     )
     | {"checkpoints": ALWAYS, "block_quantizer": ALWAYS, "export": ALWAYS}
-    | {"report.facts": ALWAYS}
+    | {"report.facts": ALWAYS, "distributed": ALWAYS}
     | {"commands": LAZILY},
     "numpy": dict.fromkeys(("kernels", "models", "eval"), ALWAYS),
     "transformers": dict.fromkeys(("models", "hf", "checkpoints", "pipeline", "block_loop"), ALWAYS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,12 +15,16 @@ from rich.table import Table
 
 from atomq.progress import OnProgress
 
-out = Console()
-err = Console(stderr=True)
+# Of several processes that torchrun started, only the first speaks.
+_QUIET = os.environ.get("RANK", "0") != "0"
+out = Console(quiet=_QUIET)
+err = Console(stderr=True, quiet=_QUIET)
 
 
 def print_json(value: dict[str, Any]) -> None:
     """One JSON document on stdout."""
+    if out.quiet:
+        return
     out.file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 

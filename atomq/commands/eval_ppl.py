@@ -44,28 +44,32 @@ def command(
     no_record: NoRecordOption = False,
     json_output: JsonOption = False,
 ) -> None:
+    from atomq import distributed
     from atomq.checkpoints import is_checkpoint
     from atomq.eval.perplexity import PerplexityProgress, evaluate_perplexity
     from atomq.eval.windows import evaluation_windows
     from atomq.pipeline import choose_device
 
     place = choose_device(device)
-    tested, tokenizer = open_model(model, str(place), dtype, check_hashes=not no_check)
-    choose_backend(tested, backend)
-    windows = evaluation_windows(tokenizer, data, seq_len, max_windows)
-    windows.check_vocabulary(tested.config.vocab_size)
-    longest = getattr(tested.config, "max_position_embeddings", seq_len)
-    if seq_len > longest:
-        console.warn([f"windows of {seq_len} tokens are longer than the {longest} positions of the model"])
-    reference = None
-    if baseline is not None:
-        reference, _ = open_model(baseline, str(place), dtype, check_hashes=not no_check)
-    with console.progress("eval-ppl") as on_progress:
+    with distributed.processes(place):
+        tested, tokenizer = open_model(model, str(place), dtype, check_hashes=not no_check)
+        choose_backend(tested, backend)
+        windows = evaluation_windows(tokenizer, data, seq_len, max_windows)
+        windows.check_vocabulary(tested.config.vocab_size)
+        longest = getattr(tested.config, "max_position_embeddings", seq_len)
+        if seq_len > longest:
+            console.warn(
+                [f"windows of {seq_len} tokens are longer than the {longest} positions of the model"]
+            )
+        reference = None
+        if baseline is not None:
+            reference, _ = open_model(baseline, str(place), dtype, check_hashes=not no_check)
+        with console.progress("eval-ppl") as on_progress:
 
-        def on_window(so_far: PerplexityProgress) -> None:
-            on_progress(so_far.done, so_far.total, f"PPL {so_far.ppl:.4f}")
+            def on_window(so_far: PerplexityProgress) -> None:
+                on_progress(so_far.done, so_far.total, f"PPL {so_far.ppl:.4f}")
 
-        result = evaluate_perplexity(tested, windows, reference, on_window)
+            result = evaluate_perplexity(tested, windows, reference, on_window)
     record: dict[str, Any] = {
         "model": Path(model).name if Path(model).exists() else model,
         "data": windows.corpus,
@@ -84,7 +88,7 @@ def command(
             "baseline_ppl": result.baseline_ppl,
             "kl": result.kl,
         }
-    if is_checkpoint(Path(model)) and not no_record:
+    if is_checkpoint(Path(model)) and not no_record and distributed.is_first():
         name = record_name("eval-ppl", windows.corpus, f"{result.n_windows}x{result.seq_len}")
         keep_record(Path(model), name, record)
     if json_output:

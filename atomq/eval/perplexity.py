@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from atomq import distributed
 from atomq.errors import AtomqError, ConfigError
 from atomq.eval.windows import TokenWindows
 
@@ -22,7 +23,10 @@ _CHUNK_ELEMENTS = 2**25  # float32 log-probabilities held at once for each model
 
 @dataclass(frozen=True)
 class PerplexityProgress:
-    """Where an evaluation stands: windows done, of how many, and the perplexities over those done."""
+    """Where an evaluation stands: windows done, of how many, and the perplexities over those done.
+
+    Of several processes each counts its own share.
+    """
 
     done: int
     total: int
@@ -80,7 +84,9 @@ def evaluate_perplexity(
     baseline_nll: list[float] = []
     window_kl: list[float] = []
     with torch.inference_mode():
-        for i, window in enumerate(windows.token_ids):
+        numbers = distributed.own_share(torch.arange(windows.n_windows)).tolist()
+        for i in numbers:
+            window = windows.token_ids[i]
             place = f"window {i + 1} of {windows.n_windows} of {windows.corpus}"
             targets = window[1:]  # (T - 1,)
             logits = _predict(model, window)  # (T - 1, vocab)
@@ -91,9 +97,13 @@ def evaluate_perplexity(
                 window_kl.append(_finite(_mean_kl(reference, logits), "the KL divergence", place))
             if on_window is not None:
                 done = PerplexityProgress(
-                    i + 1, windows.n_windows, _ppl(window_nll), _ppl(baseline_nll) if baseline_nll else None
+                    len(window_nll),
+                    len(numbers),
+                    _ppl(window_nll),
+                    _ppl(baseline_nll) if baseline_nll else None,
                 )
                 on_window(done)
+    window_nll, baseline_nll, window_kl = map(_of_all_processes, (window_nll, baseline_nll, window_kl))
     return PerplexityResult(
         ppl=_ppl(window_nll),
         n_windows=windows.n_windows,
@@ -104,6 +114,10 @@ def evaluate_perplexity(
         kl=_mean(window_kl) if window_kl else None,
         baseline_window_nll=tuple(baseline_nll) if baseline_nll else None,
     )
+
+
+def _of_all_processes(values: list[float]) -> list[float]:
+    return [value for part in distributed.gather(values) for value in part]
 
 
 def _predict(model: torch.nn.Module, window: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import torch
 
+from atomq import distributed
+
 
 class HessianAccumulator:
     """Adds up the Hessian [K, K] of one linear group in float32.
@@ -28,6 +30,11 @@ class HessianAccumulator:
             self._held_out.addmm_(rows[n_fit:].T, rows[n_fit:], alpha=2.0)
             rows = rows[:n_fit]
         self._fit.addmm_(rows.T, rows, alpha=2.0)
+
+    def add_up_processes(self) -> None:
+        """Take in what the other processes have added."""
+        distributed.add_up(*(value for value in vars(self).values() if isinstance(value, torch.Tensor)))
+        self.n_tokens = distributed.total(self.n_tokens)
 
     @property
     def hessian(self) -> torch.Tensor:

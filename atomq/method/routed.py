@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from atomq import distributed
 from atomq.method.hessian import HessianAccumulator
 
 
@@ -30,9 +31,12 @@ class RoutedHessian:
             self._hessian = self._added_up(holdout=False)
 
     def result(self) -> HessianAccumulator:
-        """The Hessian of all rows; the last quarter is held out if there are fewer rows than channels."""
+        """The Hessian of this process's rows; the last quarter is held out if all processes together have
+        fewer rows than channels.
+        """
+        n_rows = distributed.total(self._n_rows)
         if self._hessian is None:
-            self._hessian = self._added_up(holdout=True)
+            self._hessian = self._added_up(holdout=n_rows < self._width)
         return self._hessian
 
     def _added_up(self, *, holdout: bool) -> HessianAccumulator:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from atomq import distributed
 from atomq.numerics.channels import ChannelStatistics
 
 
@@ -33,7 +34,10 @@ class StatisticsAccumulator:
         self._n_tokens += x.shape[0] * x.shape[1]
 
     def result(self) -> ChannelStatistics:
-        n_tokens = max(self._n_tokens, 1)
+        """Over all processes."""
+        distributed.add_up(self._sum_squares, self._abs_sum)
+        distributed.take_largest(self._abs_mean)
+        n_tokens = max(distributed.total(self._n_tokens), 1)
         hessian = 2 * self._sum_squares / n_tokens
         abs_mean = torch.maximum(self._abs_mean, self._abs_sum / n_tokens)
         return ChannelStatistics(hessian.float().cpu(), abs_mean.float().cpu())

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from atomq import distributed
 from atomq.models.blocks import BlockInputs, InputSeen, blocks_of
 from atomq.models.families import ModelFamily
 
@@ -159,5 +160,6 @@ def _count_tokens(block: nn.Module, experts: Experts, inputs: BlockInputs) -> li
     hook = experts.register_forward_pre_hook(count)
     inputs.observe(block)
     hook.remove()
+    distributed.add_up(counts)
     result: list[int] = counts.tolist()
     return result

@@ -134,8 +134,6 @@ class QuantizedLinear(nn.Module):
 
     def set_codes(self, weight: QuantizedWeight) -> None:
         """Replace the float weight by codes, packed as they are stored."""
-        self._buffers.pop("weight", None)
-        self._dense = None
         stored: dict[str, torch.Tensor] = {"qweight": pack_codes(weight.codes, self.scheme.weights.n_bits)}
         if weight.base is not None and weight.factors is not None:
             stored["scale_base"] = weight.base.to(torch.float32)
@@ -148,8 +146,19 @@ class QuantizedLinear(nn.Module):
             stored["outlier_weight"] = weight.outliers.values
             if weight.outliers.scales is not None:
                 stored["outlier_scales"] = weight.outliers.scales.to(stored_dtype(weight.outliers.scales))
+        self.set_stored(stored)
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        """The tensors of `linear_specs` that are there: all or, with a float weight, none."""
+        tensors = ((name, self._buffers.get(name)) for name in self.code_names)
+        return {name: tensor for name, tensor in tensors if tensor is not None}
+
+    def set_stored(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Replace the float weight by codes in the form that `stored` answers."""
+        self._buffers.pop("weight", None)
+        self._dense = None
         for name in self.code_names:
-            self.register_buffer(name, stored[name].contiguous())
+            self.register_buffer(name, tensors[name].contiguous())
 
     def quantized_weight(self) -> QuantizedWeight:
         """The stored codes, unpacked."""
