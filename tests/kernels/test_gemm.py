@@ -250,7 +250,9 @@ def test_hopper_templates_compile_to_wgmma_without_spills(group_size, scale_byte
             defines = gemm.sm90_defines(tile, group_size, scale_bytes, token_base, out_dtype)
             kernel = compile_for("sm90_w4a4_gemm", "sm_90a", **defines)
             assert kernel.spill_bytes == 0, (tile, out_dtype)
-    assert "IGMMA" in disassemble(kernel.cubin, tmp_path)
+        sass = disassemble(kernel.cubin, tmp_path)
+        assert re.search(r"IGMMA\.64x\d+x32\.S8\.S8", sass)
+        assert not re.search(r"\.S4|\.U4", sass)  # no INT4 instruction, which Hopper only emulates
 
 
 @pytest.mark.slow
@@ -437,21 +439,66 @@ def test_a_captured_graph_replays_the_same_result(n_tokens):
         assert torch.equal(out, expected)
 
 
+def misaligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, one element after a multiple of 16 bytes."""
+    room = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
+    return room[1:].view(tensor.shape).copy_(tensor)
+
+
 @pytest.mark.gpu
 def test_the_front_refuses_operands_that_do_not_fit():
     weight = make_weight(130, 448, 128, 128, device="cuda")
     packed = repack_weight(weight)
     activations = move(pack_inputs(make_inputs(17, weight), weight), "cuda")
-    with pytest.raises(KernelError, match=r"activations.codes.*it must be \(5, 24, 128\) torch.int8"):
-        w4a4_gemm(dataclasses.replace(activations, codes=activations.codes[:4].contiguous()), packed)
-    with pytest.raises(KernelError, match="token_scales"):
-        w4a4_gemm(dataclasses.replace(activations, token_scales=activations.token_scales.half()), packed)
+    codes, scales, records = activations.codes, activations.token_scales, packed.records
+    operands = (
+        ({"codes": codes[:4].contiguous()}, {}, r"activations.codes.*it must be \(5, 24, 128\) torch.int8"),
+        ({"codes": codes.view(torch.uint8)}, {}, r"activations.codes.*it must be .* torch.int8"),
+        ({"codes": codes.transpose(1, 2).contiguous().transpose(1, 2)}, {}, "codes.*has strides"),
+        ({"codes": codes.cpu()}, {}, r"codes.*on cpu; it must be .* on cuda"),
+        ({"codes": misaligned(codes)}, {}, "codes.*multiple of 16 bytes"),
+        ({"token_scales": scales.half()}, {}, "token_scales.*float16.*it must be .*float32"),
+        ({"token_scales": scales[1:]}, {}, "token_scales"),
+        ({"token_scales": scales.T.contiguous().T}, {}, "token_scales.*has strides"),
+        ({}, {"records": records.view(torch.int8)}, "records are not those that repack_weight makes"),
+        ({}, {"records": records[..., :-16].contiguous()}, "records are not those that repack_weight makes"),
+        ({}, {"records": misaligned(records)}, "records.*multiple of 16 bytes"),
+        ({}, {"channel_scales": packed.channel_scales.double()}, "channel_scales.*it must be .*float32"),
+    )
+    for changes, weight_changes, message in operands:
+        with pytest.raises(KernelError, match=message):
+            w4a4_gemm(
+                dataclasses.replace(activations, **changes), dataclasses.replace(packed, **weight_changes)
+            )
     with pytest.raises(KernelError, match="out_dtype"):
         w4a4_gemm(activations, packed, torch.float64)
     with pytest.raises(KernelError, match="MMA_INT4"):
         w4a4_gemm(dataclasses.replace(activations, n_bits=8), packed, engine=Engine.MMA_INT4)
-    with pytest.raises(KernelError, match="w4a16_gemm"):
-        w4a16_gemm(torch.zeros(3, 448, dtype=torch.float16, device="cuda"), packed)
+    for out in (torch.empty(17, 130, device="cuda"), torch.empty(16, 130, device="cuda").half()):
+        with pytest.raises(KernelError, match="out of"):
+            w4a4_gemm(activations, packed, out=out)
+
+
+@pytest.mark.gpu
+def test_the_w4a16_front_refuses_operands_that_do_not_fit():
+    on_gpu(Engine.WGMMA_INT8)
+    packed = repack_weight(make_weight(136, 448, 0, 128, device="cuda"))
+    x = torch.zeros(3, 448, dtype=torch.float16, device="cuda")
+    for operand, message in (
+        (x.float(), "x of .*float32.*it must be .*float16 or torch.bfloat16"),
+        (x[:, :440].contiguous()[:, :436], "inputs in eights"),
+        (x[:, :256].contiguous(), "weight's 4 slots"),
+        (torch.zeros(448, 3, dtype=torch.float16, device="cuda").T, "has strides"),
+        (x.cpu(), "on cpu; it must be .* on cuda"),
+        (misaligned(x), "multiple of 16 bytes"),
+    ):
+        with pytest.raises(KernelError, match=message):
+            w4a16_gemm(operand, packed)
+    with pytest.raises(KernelError, match="multiple of 16 bytes"):
+        w4a16_gemm(x, packed, out=misaligned(torch.zeros(3, 136, dtype=torch.float16, device="cuda")))
+    with_outliers = repack_weight(make_weight(130, 448, 128, 128, device="cuda"))
+    with pytest.raises(KernelError, match="progressive scales or outliers; use w4a4_gemm"):
+        w4a16_gemm(x, with_outliers)
 
 
 @pytest.mark.gpu
