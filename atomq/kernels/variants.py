@@ -11,15 +11,23 @@ from typing import Any
 
 import torch
 
-from atomq.kernels import gemm_tiles
+from atomq.kernels import gemm_tiles, kv_cache
 from atomq.kernels.activations import Prologue
 from atomq.kernels.gemm_tiles import Engine
+from atomq.kernels.kv_pages import PageFormat
 from atomq.kernels.loader import ARCHITECTURES, compile_for
 from atomq.progress import OnProgress
 
 HOPPER = "sm_90a"
 NATIVE_INT4 = ("sm_80", "sm_86", "sm_89")  # from sm_90 on INT4 mma is emulated, and never built
 SHOWN_TOKENS = (1, 16, 64, 128, 256, 4096)
+_PAGES = (  # before RoPE, with the Hadamard, after RoPE; the baselines in 8 and 16 bits
+    PageFormat(8, 128),
+    PageFormat(8, 128, 4, "before_rope", "hadamard", "hadamard"),
+    PageFormat(8, 128, 4, "after_rope", "hadamard", "hadamard"),
+    PageFormat(8, 128, 8, "after_rope"),
+    PageFormat(8, 128, 16, "after_rope"),
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,10 @@ def all_variants() -> Iterator[tuple[str, str, Mapping[str, int | str]]]:
             heads |= {"LOAD_WIDTH": 8, "STORE_WIDTH": 8, "THREADS": 256}
             yield "quantize_kv", arch, heads
             yield "dequantize_kv", arch, heads
+        for layout in _PAGES:
+            yield "kv_append", arch, kv_cache.append_defines(layout, torch.float16)
+            for group in (1, 8):
+                yield "kv_attention", arch, kv_cache.attention_defines(layout, torch.float16, group, False)
         for engine in (Engine.MMA_INT8, *([Engine.MMA_INT4] if arch in NATIVE_INT4 else [])):
             for tokens in (16, 64):
                 yield (

@@ -1,0 +1,249 @@
+"""Fronts of `kv_append.cu` and `kv_attention.cu`: write tokens to the paged KV cache, and decode from it.
+
+CPU tensors run the twins in torch, CUDA tensors the kernels; pages are the same bits (but for the rounding of
+a norm's sum), attention agrees to what float16 operands of mma cost.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+from atomq.errors import KernelError
+from atomq.kernels import kv_reference
+from atomq.kernels.kv_pages import PAGE_TOKENS, HeadParameters, PageFormat
+from atomq.kernels.loader import compile_kernel, device_limits, launch
+from atomq.kernels.operands import check_operand
+
+_ELEMENTS = {torch.float16: "__half", torch.bfloat16: "__nv_bfloat16", torch.float32: "float"}
+_WARPS = 4
+_RING_BYTES = 9216  # of a warp's stages: what is on its way while others compute
+_PAGES_OF_SPLIT = 4  # at least, else joining costs more than it gains
+
+
+def append_kv(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    pages: torch.Tensor,
+    table: torch.Tensor,
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    layout: PageFormat,
+    heads: HeadParameters,
+) -> None:
+    """Write K and V of new tokens into `pages`, in place.
+
+    Args:
+        keys, values: [T, n_heads, head_dim], float16, bfloat16 or float32, heads side by side; tokens may lie
+            apart, in both alike. K as the projection gives it: before norm and RoPE.
+        pages: uint8 [n_pages, n_heads, page_bytes].
+        table: int32 [rows, pages of a row]: the pages of each sequence in order.
+        rows, positions: int32 [T]: sequence and place of each token; a negative place leaves it out.
+
+    Raises:
+        KernelError: an operand that does not fit, or on CUDA no CuPy.
+    """
+    n_tokens, device = keys.shape[0], pages.device
+    check = functools.partial(check_operand, "append_kv", device=device)
+    for name, x in (("keys", keys), ("values", values)):
+        _check_heads("append_kv", name, x, (n_tokens, layout.n_heads, layout.head_dim), device)
+    if values.dtype != keys.dtype or (n_tokens > 1 and values.stride(0) != keys.stride(0)):
+        raise KernelError("append_kv: keys and values must have one dtype and one distance between tokens")
+    _check_pages("append_kv", pages, table, layout, heads)
+    for name, indices in (("rows", rows), ("positions", positions)):
+        check(name, indices, dtype=torch.int32, shape=(n_tokens,))
+    if not pages.is_cuda:
+        kv_reference.append_kv(keys, values, pages, table, rows, positions, layout, heads)
+        return
+    if not n_tokens:
+        return
+    kernel = compile_kernel("kv_append", **append_defines(layout, keys.dtype))
+    arguments = (
+        keys,
+        values,
+        pages,
+        table,
+        rows,
+        positions,
+        heads.rotary,
+        heads.key_norm,
+        heads.key_offset if layout.key_mode else None,
+        n_tokens,
+        layout.n_heads,
+        keys.stride(0),
+        table.stride(0),
+        heads.epsilon,
+        layout.clip_ratio,
+    )
+    n_items = 2 * n_tokens * layout.n_heads
+    launch(kernel, (math.ceil(n_items / _WARPS),), (32 * _WARPS,), arguments, device=device)
+
+
+def decode_attention(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    table: torch.Tensor,
+    lengths: torch.Tensor,
+    layout: PageFormat,
+    heads: HeadParameters,
+    n_splits: int | None = None,
+) -> torch.Tensor:
+    """Attention of the newest token of every sequence, which is in the cache already.
+
+    Can be captured in a CUDA graph once it has run outside of one: lengths and table are read when it runs.
+
+    Args:
+        query: [n_sequences, query heads, head_dim] as the projection gives it, before norm and RoPE; tokens
+            may lie apart. Query heads are a multiple of the cache's, up to `layout.max_group` times.
+        lengths: int32 [n_sequences], tokens in the cache; 0 for an empty slot, which gives 0.
+        n_splits: parts that a sequence's pages are cut into; None to fill the GPU.
+
+    Returns:
+        [n_sequences, query heads, head_dim] in the query's dtype, contiguous, bit-equal from run to run.
+
+    Raises:
+        KernelError: an operand that does not fit, or on CUDA no CuPy.
+    """
+    n_sequences, n_queries, device = query.shape[0], query.shape[1], pages.device
+    group = n_queries // layout.n_heads
+    if n_queries != group * layout.n_heads or not 1 <= group <= layout.max_group:
+        raise KernelError(
+            f"decode_attention: {n_queries} query heads on {layout.n_heads} of K and V; "
+            f"the kernel takes 1 to {layout.max_group} times as many"
+        )
+    _check_heads("decode_attention", "query", query, (n_sequences, n_queries, layout.head_dim), device)
+    _check_pages("decode_attention", pages, table, layout, heads)
+    check_operand(
+        "decode_attention", "lengths", lengths, dtype=torch.int32, shape=(n_sequences,), device=device
+    )
+    if not pages.is_cuda:
+        return kv_reference.decode_attention(query, pages, table, lengths, layout, heads)
+    out = torch.empty((n_sequences, n_queries, layout.head_dim), dtype=query.dtype, device=device)
+    if not n_sequences:
+        return out
+    n_items = n_sequences * layout.n_heads
+    if n_splits is None:
+        n_splits = choose_splits(n_items, table.shape[1], device_limits(device).n_sms)
+    partials = counters = None
+    if n_splits > 1:
+        size = n_items * n_splits * group * (layout.stored_dim + 2)
+        partials = torch.empty(size, dtype=torch.float32, device=device)
+        counters = _counters(device, n_items)
+    defines = attention_defines(layout, query.dtype, group, heads.key_offset is not None)
+    kernel = compile_kernel("kv_attention", **defines)
+    arguments = (
+        query,
+        pages,
+        table,
+        lengths,
+        heads.rotary,
+        heads.query_norm,
+        heads.key_offset if layout.key_mode else None,
+        out,
+        partials,
+        counters,
+        query.stride(0),
+        table.stride(0),
+        heads.epsilon,
+        heads.softmax_scale,
+    )
+    grid = (layout.n_heads, n_sequences, n_splits)
+    launch(kernel, grid, (32 * _WARPS,), arguments, device=device, shared_bytes=int(defines["SHARED_BYTES"]))
+    return out
+
+
+def choose_splits(n_items: int, n_pages: int, n_sms: int) -> int:
+    """Splits that give every SM four CTAs, if there are pages enough."""
+    return max(1, min(math.ceil(4 * n_sms / n_items), n_pages // _PAGES_OF_SPLIT, 64))
+
+
+def append_defines(layout: PageFormat, dtype: torch.dtype) -> dict[str, int | str]:
+    """The parameters of `kv_append.cu`."""
+    return {
+        "ELEMENT": _ELEMENTS[dtype],
+        "HEAD_DIM": layout.head_dim,
+        "BITS": layout.n_bits,
+        "KEY_AFTER_ROPE": int(layout.key_mode == 0),
+        "KEY_HADAMARD": int(layout.rotates_keys),
+        "VALUE_HADAMARD": int(layout.rotates_values),
+    }
+
+
+def attention_defines(
+    layout: PageFormat, dtype: torch.dtype, group: int, has_offset: bool
+) -> dict[str, int | str]:
+    """The parameters of `kv_attention.cu`; as many stages as a warp's share of shared memory holds."""
+    mode, dim = layout.key_mode, layout.stored_dim
+    has_offset = has_offset and mode > 0
+    tiles = math.ceil(group / 8)
+    stage_words = dim * layout.n_bits + (32 if layout.n_bits < 16 else 0)
+    stages = max(2, min(6, _RING_BYTES // (4 * stage_words)))
+    fixed_words = tiles * 8 * (dim + 8) + (32 * dim if mode else 0) + (dim // 2 if has_offset else 0)
+    if mode and dim > 128:  # the kernel's PARKS_OPERAND
+        fixed_words += _WARPS * 32 * tiles * (dim // 8)
+    ring_words = max(_WARPS * stages * stage_words, _WARPS * group * (dim + 2))
+    is_large = dim * tiles > 128 or layout.n_bits == 16 or (mode == 2 and has_offset)
+    return {
+        "ELEMENT": _ELEMENTS[dtype],
+        "HEAD_DIM": layout.head_dim,
+        "BITS": layout.n_bits,
+        "GROUP": group,
+        "KEY_MODE": mode,
+        "KEY_HADAMARD": int(layout.rotates_keys),
+        "VALUE_HADAMARD": int(layout.rotates_values),
+        "KEY_OFFSET": int(has_offset),
+        "N_WARPS": _WARPS,
+        "STAGES": stages,
+        "MIN_CTAS": 2 if is_large else 3 if mode else 4,
+        "SHARED_BYTES": 4 * (fixed_words + ring_words),
+    }
+
+
+def _check_heads(
+    kernel: str, name: str, x: torch.Tensor, shape: tuple[int, int, int], device: torch.device
+) -> None:
+    if x.dtype not in _ELEMENTS or tuple(x.shape) != shape or x.device != device:
+        raise KernelError(
+            f"{kernel}: {name} of {tuple(x.shape)} {x.dtype} on {x.device}; it must be {shape}, float16, "
+            f"bfloat16 or float32, on {device}"
+        )
+    if x.numel() and (x.stride(2) != 1 or (shape[1] > 1 and x.stride(1) != shape[2])):
+        raise KernelError(f"{kernel}: {name} has strides {x.stride()}; a token's heads must lie side by side")
+
+
+def _check_pages(
+    kernel: str, pages: torch.Tensor, table: torch.Tensor, layout: PageFormat, heads: HeadParameters
+) -> None:
+    check = functools.partial(check_operand, kernel, device=pages.device)
+    shape = (pages.shape[0], layout.n_heads, layout.page_bytes)
+    check("pages", pages, dtype=torch.uint8, shape=shape, alignment=16)
+    check("table", table, dtype=torch.int32, shape=(table.shape[0], table.shape[-1]))
+    shape = (heads.rotary.shape[0], layout.head_dim // 2, 2)
+    check("rotary", heads.rotary, dtype=torch.float32, shape=shape, alignment=8)
+    if shape[0] < PAGE_TOKENS:
+        raise KernelError(f"{kernel}: rotary has {shape[0]} positions; a page has {PAGE_TOKENS}")
+    for name, norm in (("query_norm", heads.query_norm), ("key_norm", heads.key_norm)):
+        if norm is not None:
+            check(name, norm, dtype=torch.float32, shape=(layout.head_dim,))
+    if heads.key_offset is not None:
+        shape_of_offset = (layout.n_heads, layout.head_dim)
+        check("key_offset", heads.key_offset, dtype=torch.float32, shape=shape_of_offset)
+
+
+_COUNTERS: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+
+def _counters(device: torch.device, n_items: int) -> torch.Tensor:
+    """Arrival counters, zero between launches; one set per stream, since launches may overlap.
+
+    Made during a graph's capture they belong to the graph, which zeroes them at each replay.
+    """
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    counters = _COUNTERS.get(key)
+    if counters is None or counters.numel() < n_items:
+        counters = torch.zeros(max(n_items, 4096), dtype=torch.int32, device=device)
+        if not torch.cuda.is_current_stream_capturing():
+            _COUNTERS[key] = counters
+    return counters

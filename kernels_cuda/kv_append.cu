@@ -1,0 +1,134 @@
+// kv_append: K and V of new tokens into the pages of the cache (kv_pages.cuh), for prefill and decode alike. Per token
+// and head, in float32:
+//
+//   K:  k = k / sqrt(mean k^2 + epsilon) * norm_weight    with norm_weight
+//       k = k * cos + rotate_half(k) * sin                KEY_AFTER_ROPE, by the token's row of `rotary`
+//       k = k - key_offset                                with key_offset (before RoPE only)
+//   both: x = x H                                         KEY_HADAMARD, VALUE_HADAMARD: as in quantize_kv.cu
+//       low, high = clip * min x, clip * max x;  scale = F16((high - low) / (2^BITS - 1)), 1 where zero;
+//       minimum = F16(low);  code = clamp(rint((x - minimum) / scale), 0, 2^BITS - 1)
+//       BITS 16: code = F16(x), and no ranges
+//
+//   keys, values  ELEMENT [n_tokens, n_heads, HEAD_DIM], token_stride elements between tokens
+//   pages         see kv_pages.cuh;  page_table int32 [rows, table_stride]: the pages of a sequence, in order
+//   rows          int32 [n_tokens]: the sequence of each token;  positions int32 [n_tokens]: its place there; tokens
+//                 of a negative position are left out
+//   rotary        float32 [positions, HEAD_DIM / 2, 2]: cosine, sine (may be null before RoPE)
+//   norm_weight   float32 [HEAD_DIM] or null;  key_offset float32 [n_heads, HEAD_DIM] or null
+//
+// Bit for bit the torch twin's pages without norm_weight, whose sum rounds in its own way. Words that tokens share
+// (V: two tokens) are written by halves, never read.
+//
+//   launch: block 128, grid ceil(2 * n_tokens * n_heads / 4): a warp makes one head of K or of V
+
+#if !defined(ELEMENT) || !defined(KEY_AFTER_ROPE) || !defined(KEY_HADAMARD) || !defined(VALUE_HADAMARD)
+#error "kv_append.cu lacks one of its parameters"
+#endif
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "head_shared.cuh"
+#include "kv_pages.cuh"
+
+namespace {
+
+constexpr int WARPS = 4;
+constexpr float LARGEST_CODE = BITS < 16 ? (1 << BITS) - 1 : 0;
+constexpr float F16_LARGEST = 65504.0f;
+
+__device__ __forceinline__ float largest_of_warp(float x) {
+#pragma unroll
+    for (int step = 16; step; step /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, step));
+    return x;
+}
+
+__device__ __forceinline__ unsigned code_of(float x, float minimum, float scale) {
+    if (BITS == 16) return __half_as_ushort(__float2half_rn(ieee::clamp(x, -F16_LARGEST, F16_LARGEST)));
+    const float ratio = ieee::div(ieee::sub(x, minimum), scale);
+    return static_cast<unsigned>(ieee::rint(ieee::clamp(ratio, 0.0f, LARGEST_CODE)));
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+kv_append(const ELEMENT* __restrict__ keys, const ELEMENT* __restrict__ values, unsigned* __restrict__ pages,
+          const int* __restrict__ page_table, const int* __restrict__ rows, const int* __restrict__ positions,
+          const float2* __restrict__ rotary, const float* __restrict__ norm_weight,
+          const float* __restrict__ key_offset, int n_tokens, int n_heads, int token_stride, int table_stride,
+          float epsilon, float clip_ratio) {
+    __shared__ float heads[WARPS][STORED_DIM];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int item = blockIdx.x * WARPS + warp;
+    const int token = item / (2 * n_heads), head = item / 2 % n_heads;
+    const bool is_key = item % 2 == 0;
+    if (token >= n_tokens || positions[token] < 0) return;
+    const int position = positions[token];
+    float* x = heads[warp];
+
+    const ELEMENT* source = (is_key ? keys : values) + static_cast<long long>(token) * token_stride + head * HEAD_DIM;
+    for (int i = lane; i < STORED_DIM; i += 32) x[i] = i < HEAD_DIM ? static_cast<float>(source[i]) : 0.0f;
+    __syncwarp();
+    if (is_key && norm_weight != nullptr) norm_head(x, norm_weight, epsilon);
+    if (is_key && KEY_AFTER_ROPE) rotate_head(x, rotary + static_cast<long long>(position) * (HEAD_DIM / 2));
+    if (is_key && key_offset != nullptr) {
+        for (int i = lane; i < HEAD_DIM; i += 32) x[i] = ieee::sub(x[i], key_offset[head * HEAD_DIM + i]);
+        __syncwarp();
+    }
+    if (is_key ? KEY_HADAMARD : VALUE_HADAMARD) transform_shared_head(x);
+
+    float minimum = 0.0f, scale = 1.0f;
+    __half2 range = {};
+    if (BITS < 16) {
+        float low = -F16_LARGEST * F16_LARGEST, high = low;  // of -x and of x
+        for (int i = lane; i < HEAD_DIM; i += 32) {
+            low = fmaxf(low, -x[i]);
+            high = fmaxf(high, x[i]);
+        }
+        low = ieee::mul(-largest_of_warp(low), clip_ratio);
+        high = ieee::mul(largest_of_warp(high), clip_ratio);
+        const float span = ieee::div(ieee::sub(high, low), LARGEST_CODE);
+        range = __floats2half2_rn(fminf(span, F16_LARGEST), ieee::clamp(low, -F16_LARGEST, F16_LARGEST));
+        if (__low2float(range) == 0.0f) range.x = __float2half_rn(1.0f);
+        scale = __low2float(range);
+        minimum = __high2float(range);
+    }
+
+    const int page = page_table[rows[token] * table_stride + position / PAGE_TOKENS];
+    const int place = position % PAGE_TOKENS;
+    unsigned* target = pages + (static_cast<long long>(page) * n_heads + head) * PAGE_WORDS;
+    if (BITS < 16 && lane == 0) {
+        reinterpret_cast<__half2*>(target + 2 * SIDE_WORDS)[2 * place + (is_key ? 0 : 1)] = range;
+    }
+    if (is_key) {
+        for (int i = lane; i < 4 * CHUNK_WORDS; i += 32) {
+            const int t = i / CHUNK_WORDS, word = i % CHUNK_WORDS;
+            unsigned packed = 0;
+#pragma unroll
+            for (int e = 0; e < SLOTS_PER_WORD; ++e) {
+                const int slot = word * SLOTS_PER_WORD + e, half = slot / (SLOTS / 2);
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    const int channel = key_channel(half, t * SLOTS + slot % (SLOTS / 2) * 2 + j);
+                    const unsigned code = channel < 0 ? 0u : code_of(x[channel], minimum, scale);
+                    packed |= code << (BITS * e + 16 * j);
+                }
+            }
+            target[chunk_word(place * 4 + t, word)] = packed;
+        }
+    } else {
+        unsigned short* halves = reinterpret_cast<unsigned short*>(target + SIDE_WORDS);
+        for (int i = lane; i < 8 * CHUNK_WORDS; i += 32) {
+            const int g = i / CHUNK_WORDS, word = i % CHUNK_WORDS;
+            unsigned packed = 0;
+#pragma unroll
+            for (int e = 0; e < SLOTS_PER_WORD; ++e) {
+                const int channel = g * SLOTS + word * SLOTS_PER_WORD + e;
+                const unsigned code = channel < HEAD_DIM ? code_of(x[channel], minimum, scale) : 0u;
+                packed |= code << (BITS * e);
+            }
+            const int chunk = place / 8 * 32 + g * 4 + place % 8 / 2;
+            halves[2 * chunk_word(chunk, word) + place % 2] = static_cast<unsigned short>(packed);
+        }
+    }
+}

@@ -1,0 +1,288 @@
+// kv_attention: one new token of every sequence attends to its cached ones, read from INT4 or INT8 pages (or float16
+// ones, the baseline) with one pass over the cache: out = softmax(q K^T * softmax_scale) V, float32 online softmax.
+//
+//   query      ELEMENT [n_sequences, n_heads * GROUP, HEAD_DIM], query_stride elements between sequences: before the
+//              norm (norm_weight) and before RoPE, which are applied here at position length - 1
+//   pages, page_table, rotary, norm_weight, key_offset   as in kv_append.cu
+//   lengths    int32 [n_sequences], the new token included; 0 for an empty slot, whose output is 0
+//   out        ELEMENT [n_sequences, n_heads * GROUP, HEAD_DIM], contiguous
+//   partials   float32 [n_sequences, n_heads, n_splits, GROUP, STORED_DIM + 2], counters uint32 [n_sequences, n_heads],
+//              zero and left zero; n_splits > 1 only
+//
+// KEY_MODE says what is stored of K: 0 K after RoPE (with KEY_HADAMARD the query is transformed once instead), 1 K
+// before RoPE, 2 K before RoPE under the Hadamard. V under the Hadamard (VALUE_HADAMARD): the output is transformed.
+//
+// How it works. A CTA has one head of one sequence, or one split of its pages; a warp takes every N_WARPS-th page, 16
+// tokens a step, copied STAGES - 1 steps ahead into shared memory of its own, each lane what it reads itself. K is mma's
+// A operand, the GROUP queries (up to 8, or 16) its B; P is transposed in registers and multiplies V^T. Scale and
+// minimum stay outside of both products where they can: q K = scale (q c) + minimum sum(q), P V = (P scale) c + sum(P
+// minimum), so codes go into mma as they are stored, as subnormal halves. Before RoPE, K must be rebuilt: the query
+// is turned by the page's first position, K by its place in the page, whose 64 turns lie in shared memory; the
+// Hadamard is mma on blocks of 32 channels, then butterflies across registers (exact: sums of codes stay below 2048).
+//
+//   launch: grid (n_heads, n_sequences, n_splits), block 32 * N_WARPS, dynamic shared memory SHARED_BYTES
+
+#if !defined(ELEMENT) || !defined(GROUP) || !defined(KEY_MODE) || !defined(KEY_HADAMARD) || !defined(VALUE_HADAMARD) || \
+    !defined(KEY_OFFSET) || !defined(N_WARPS) || !defined(STAGES) || !defined(MIN_CTAS) || !defined(SHARED_BYTES)
+#error "kv_attention.cu lacks one of its parameters"
+#endif
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "head_shared.cuh"
+#include "kv_softmax.cuh"
+
+namespace {
+
+constexpr int STEP_TOKENS = 16;
+constexpr int PAGE_STEPS = PAGE_TOKENS / STEP_TOKENS;
+constexpr int STAGE_WORDS = 4 * 32 * CHUNK_WORDS + (BITS < 16 ? 2 * STEP_TOKENS : 0);
+constexpr int QUERY_WORDS = HEAD_TILES * 8 * QUERY_STRIDE;
+constexpr int TURN_WORDS = KEY_MODE ? PAGE_TOKENS * STORED_DIM / 2 : 0;
+constexpr int OFFSET_WORDS = KEY_OFFSET ? STORED_DIM / 2 : 0;
+constexpr bool PARKS_OPERAND = KEY_MODE && STORED_DIM > 128;  // registers are short: the query's operand lies in shared
+constexpr int PARKED_WORDS = PARKS_OPERAND ? N_WARPS * 32 * HEAD_TILES * SLOTS : 0;
+constexpr int RING_WORDS = N_WARPS * STAGES * STAGE_WORDS;
+constexpr int JOIN_WORDS = N_WARPS * GROUP * JOIN_STRIDE;
+constexpr int SHARED_WORDS = QUERY_WORDS + TURN_WORDS + OFFSET_WORDS + PARKED_WORDS +
+                             (RING_WORDS > JOIN_WORDS ? RING_WORDS : JOIN_WORDS);
+constexpr float LOG2_E = 1.44269504f;
+constexpr int RESIDENT_CTAS = MIN_CTAS > 2 && __CUDA_ARCH__ >= 1000 ? 2 : MIN_CTAS;  // its compiler needs more registers
+
+static_assert(KEY_MODE == 0 || BITS < 16, "a float16 cache holds K after RoPE");
+static_assert(KEY_MODE != 2 || (BITS == 4 && (HEAD_DIM & (HEAD_DIM - 1)) == 0 && HEAD_DIM >= 64), "exact sums");
+static_assert(GROUP >= 1 && GROUP <= 16 && SHARED_BYTES == SHARED_WORDS * 4, "see attention_defines");
+
+// The pages that a warp walks over, and the copies of its steps.
+struct Walk {
+    const unsigned* pages;
+    const int* table;  // of the warp's pages, N_WARPS apart
+    unsigned* ring;
+    int lane, n_pages, n_steps, n_heads, head, ids = 0;
+
+    __device__ void start_copy(int step) {
+        if (step < n_steps) {
+            const int page = step / PAGE_STEPS, part = step % PAGE_STEPS;
+            if (step % (32 * PAGE_STEPS) == 0) ids = table[min(page + lane, n_pages - 1) * N_WARPS];
+            const long long id = __shfl_sync(ALL_LANES, ids, page % 32);
+            const unsigned* source = pages + (id * n_heads + head) * PAGE_WORDS;
+            unsigned* stage = ring + step % STAGES * STAGE_WORDS;
+#pragma unroll
+            for (int i = 0; i < 4 * PLANES; ++i) {  // K of 8 tokens, K of the next 8, V, V
+                const int plane = i % PLANES, side = i / PLANES / 2, chunk = (part * 2 + i / PLANES % 2) * 32 + lane;
+                copy_words_async<PLANE_WORDS>(
+                    stage + (i * 32 + lane) * PLANE_WORDS,
+                    source + side * SIDE_WORDS + (plane * PAGE_CHUNKS + chunk) * PLANE_WORDS);
+            }
+            if (BITS < 16 && lane < 8) {
+                copy_async(stage + 4 * 32 * CHUNK_WORDS + lane * 4,
+                           source + 2 * SIDE_WORDS + part * 2 * STEP_TOKENS + lane * 4);
+            }
+        }
+        copy_commit();
+    }
+};
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(32 * N_WARPS, RESIDENT_CTAS)
+kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pages, const int* __restrict__ page_table,
+             const int* __restrict__ lengths, const float2* __restrict__ rotary, const float* __restrict__ norm_weight,
+             const float* __restrict__ key_offset, ELEMENT* __restrict__ out, float* __restrict__ partials,
+             unsigned* __restrict__ counters, int query_stride, int table_stride, float epsilon, float softmax_scale) {
+    extern __shared__ __align__(16) unsigned shared[];
+    float* queries = reinterpret_cast<float*>(shared);
+    unsigned* turns = shared + QUERY_WORDS;
+    unsigned* offsets = turns + TURN_WORDS;
+    unsigned* parked = offsets + OFFSET_WORDS + threadIdx.x * (PARKED_WORDS != 0);
+    unsigned* ring = offsets + OFFSET_WORDS + PARKED_WORDS;
+    float* shares = reinterpret_cast<float*>(ring);
+
+    const int head = blockIdx.x, n_heads = gridDim.x, sequence = blockIdx.y, split = blockIdx.z, n_splits = gridDim.z;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int length = lengths[sequence], position = length - 1;
+    ELEMENT* target = out + (static_cast<long long>(sequence) * n_heads + head) * GROUP * HEAD_DIM;
+    if (length <= 0) {
+        for (int i = threadIdx.x; i < GROUP * HEAD_DIM && split == 0; i += 32 * N_WARPS) {
+            target[i] = static_cast<ELEMENT>(0.0f);
+        }
+        return;
+    }
+
+    // This CTA's pages, this warp's among them, and the first copies.
+    const int n_pages = (length + PAGE_TOKENS - 1) / PAGE_TOKENS;
+    const int first = n_pages * split / n_splits + warp, end = n_pages * (split + 1) / n_splits;
+    Walk walk{pages, page_table + sequence * table_stride + first, ring + warp * STAGES * STAGE_WORDS, lane};
+    walk.n_pages = first < end ? (end - first + N_WARPS - 1) / N_WARPS : 0;
+    const int last_tokens = length - (first + (walk.n_pages - 1) * N_WARPS) * PAGE_TOKENS;
+    walk.n_steps = walk.n_pages ? (walk.n_pages - 1) * PAGE_STEPS + min(PAGE_STEPS, (last_tokens + 15) / STEP_TOKENS) : 0;
+    walk.n_heads = n_heads;
+    walk.head = head;
+#pragma unroll
+    for (int step = 0; step < STAGES - 1; ++step) walk.start_copy(step);
+
+    // The queries, and what depends on a token's place in its page only.
+    const ELEMENT* source = query + static_cast<long long>(sequence) * query_stride + head * GROUP * HEAD_DIM;
+    for (int i = threadIdx.x; i < HEAD_TILES * 8 * HEAD_DIM; i += 32 * N_WARPS) {
+        const float x = i < GROUP * HEAD_DIM ? static_cast<float>(source[i]) : 0.0f;
+        queries[i / HEAD_DIM * QUERY_STRIDE + i % HEAD_DIM] = x;
+    }
+    for (int i = threadIdx.x; i < TURN_WORDS / 2; i += 32 * N_WARPS) {  // of two neighbouring angles each
+        const int angle = i % (STORED_DIM / 4) * 2, row = i / (STORED_DIM / 4), slot = angle % SLOTS / 2;
+        float2 turn[2] = {};
+        if (angle < HEAD_DIM / 2) turn[0] = rotary[row * (HEAD_DIM / 2) + angle], turn[1] = rotary[row * (HEAD_DIM / 2) + angle + 1];
+        const int at = ((slot / 2 * PAGE_TOKENS + row) * 4 + angle / SLOTS) * 4 + slot % 2 * 2;
+        turns[at] = as_word(__floats2half2_rn(turn[0].x, turn[1].x));
+        turns[at + 1] = as_word(__floats2half2_rn(turn[0].y, turn[1].y));
+    }
+    for (int i = threadIdx.x; i < OFFSET_WORDS; i += 32 * N_WARPS) {  // [slot / 4][t][slot % 4]
+        const int slot = i / 16 * 4 + i % 4, half = slot / (SLOTS / 2);
+        const int channel = key_channel(half, i / 4 % 4 * SLOTS + slot % (SLOTS / 2) * 2);
+        const float* row = key_offset + head * HEAD_DIM;
+        offsets[i] = channel < 0 ? 0u : as_word(__floats2half2_rn(row[channel], row[channel + 1]));
+    }
+    __syncthreads();
+    for (int i = warp; i < GROUP; i += N_WARPS) {
+        float* own = queries + i * QUERY_STRIDE;
+        if (norm_weight != nullptr) norm_head(own, norm_weight, epsilon);
+        if (KEY_MODE == 0) rotate_head(own, rotary + static_cast<long long>(position) * (HEAD_DIM / 2));
+        if (KEY_MODE == 0 && KEY_HADAMARD) transform_shared_head(own);
+    }
+    __syncthreads();
+
+    unsigned operand[HEAD_TILES][SLOTS];
+    float sums[HEAD_TILES][2] = {};
+    if (KEY_MODE == 0) {
+        query_operand(queries, nullptr, g, t, operand);
+        query_sums(operand, t, sums);
+    }
+    const Hadamard32 hadamard(g, t);
+    const float log_scale = softmax_scale * LOG2_E;
+    Softmax softmax;
+
+    for (int step = 0; step < walk.n_steps; ++step) {
+        copy_wait<STAGES - 2>();
+        __syncwarp();
+        walk.start_copy(step + STAGES - 1);
+        const unsigned* stage = walk.ring + step % STAGES * STAGE_WORDS;
+        const int page = first + step / PAGE_STEPS * N_WARPS, place = step % PAGE_STEPS * STEP_TOKENS + g;
+        bool exists[2];
+        float2 key_ranges[2] = {}, value_ranges[2] = {};
+        Words words[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            exists[i] = page * PAGE_TOKENS + place + 8 * i < length;
+            if (BITS < 16 && exists[i]) {
+                const uint2 ranges = *reinterpret_cast<const uint2*>(stage + 4 * 32 * CHUNK_WORDS + 2 * (g + 8 * i));
+                key_ranges[i] = __half22float2(as_half2(ranges.x));
+                value_ranges[i] = __half22float2(as_half2(ranges.y));
+            } else if (BITS == 16 && exists[i]) {
+                value_ranges[i].x = 1.0f;
+            }
+            load_chunk(stage + i * 32 * CHUNK_WORDS, lane, words[i]);
+        }
+
+        float scores[HEAD_TILES][4] = {};
+        if constexpr (KEY_MODE == 0) {
+#pragma unroll
+            for (int k = 0; k < SLOTS / 2; ++k) {
+                const unsigned a[4] = {subnormal_codes(words[0], 2 * k), subnormal_codes(words[1], 2 * k),
+                                       subnormal_codes(words[0], 2 * k + 1), subnormal_codes(words[1], 2 * k + 1)};
+#pragma unroll
+                for (int tile = 0; tile < HEAD_TILES; ++tile) {
+                    mma_float16<false>(scores[tile], a, operand[tile][2 * k], operand[tile][2 * k + 1]);
+                }
+            }
+        } else {
+            if (step % PAGE_STEPS == 0) {
+                const long long turn = position - page * PAGE_TOKENS;
+                query_operand(queries, rotary + turn * (HEAD_DIM / 2), g, t, operand);
+#pragma unroll
+                for (int i = 0; PARKS_OPERAND && i < HEAD_TILES * SLOTS; ++i) {
+                    parked[i * 32 * N_WARPS] = operand[i / SLOTS][i % SLOTS];
+                }
+            }
+            __half2 keys[2][SLOTS];
+            if constexpr (KEY_MODE == 2) {
+                hadamard.multiply(words, keys);
+            } else {
+#pragma unroll
+                for (int i = 0; i < 2 * SLOTS; ++i) keys[i % 2][i / 2] = exact_codes(words[i % 2], i / 2);
+            }
+            rebuild(keys, key_ranges, offsets, turns, place, t);
+#pragma unroll
+            for (int k = 0; k < SLOTS / 2; ++k) {
+                const unsigned a[4] = {as_word(keys[0][2 * k]), as_word(keys[1][2 * k]), as_word(keys[0][2 * k + 1]),
+                                       as_word(keys[1][2 * k + 1])};
+#pragma unroll
+                for (int tile = 0; tile < HEAD_TILES; ++tile) {
+                    const unsigned* own = parked + (tile * SLOTS + 2 * k) * 32 * N_WARPS;
+                    const unsigned b0 = PARKS_OPERAND ? own[0] : operand[tile][2 * k];
+                    const unsigned b1 = PARKS_OPERAND ? own[32 * N_WARPS] : operand[tile][2 * k + 1];
+                    mma_float16<false>(scores[tile], a, b0, b1);
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 4 * HEAD_TILES; ++i) {
+            const int tile = i / 4, j = i % 4;
+            const float2 range = key_ranges[j / 2];
+            float score = scores[tile][j] * log_scale;
+            if (KEY_MODE == 0 && BITS < 16) score = score * (range.x * CODE_UNIT) + range.y * (sums[tile][j % 2] * log_scale);
+            scores[tile][j] = exists[j / 2] ? score : minus_infinity();
+        }
+        softmax.refer(scores);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            load_chunk(stage + (2 + i) * 32 * CHUNK_WORDS, lane, words[i]);
+            const int left = length - page * PAGE_TOKENS - (place - g + 8 * i + 2 * t);  // V's tokens: 2 t and the next
+            if (BITS == 16 && left < 2) {  // weight 0 times what an unused place may hold is not 0
+#pragma unroll
+                for (int j = 0; j < CHUNK_WORDS; ++j) words[i][j] &= left < 1 ? 0u : 0x0000ffffu;
+            }
+        }
+        softmax.add(scores, value_ranges, words);
+    }
+
+    // The warps' shares, then the splits', in a fixed order.
+    copy_wait<0>();
+    __syncthreads();
+    softmax.store(shares + warp * GROUP * JOIN_STRIDE, g, t);
+    __syncthreads();
+    const long long item = static_cast<long long>(sequence) * n_heads + head;
+    float* partial = partials + item * n_splits * GROUP * JOIN_STRIDE;
+    for (int i = threadIdx.x; i < GROUP * STORED_DIM; i += 32 * N_WARPS) {
+        const int row = i / STORED_DIM, channel = i % STORED_DIM;
+        float largest;
+        const float2 sum = join<false>(shares + row * JOIN_STRIDE, N_WARPS, GROUP * JOIN_STRIDE, channel, largest);
+        if (n_splits == 1) {
+            queries[row * QUERY_STRIDE + channel] = sum.x / sum.y;
+        } else {
+            float* place = partial + (split * GROUP + row) * JOIN_STRIDE;
+            place[channel] = sum.x;
+            if (channel == 0) place[STORED_DIM] = largest, place[STORED_DIM + 1] = sum.y;
+        }
+    }
+    if (n_splits > 1) {
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) shared[0] = atomicInc(counters + item, n_splits - 1);  // the last one leaves it at 0
+        __syncthreads();
+        if (shared[0] != n_splits - 1) return;
+        __threadfence();
+        __syncthreads();
+        for (int i = threadIdx.x; i < GROUP * STORED_DIM; i += 32 * N_WARPS) {
+            const int row = i / STORED_DIM, channel = i % STORED_DIM;
+            float largest;
+            const float2 sum = join<true>(partial + row * JOIN_STRIDE, n_splits, GROUP * JOIN_STRIDE, channel, largest);
+            queries[row * QUERY_STRIDE + channel] = sum.x / sum.y;
+        }
+    }
+    __syncthreads();
+    for (int row = warp; row < GROUP; row += N_WARPS) {
+        float* own = queries + row * QUERY_STRIDE;
+        if (VALUE_HADAMARD) transform_shared_head(own);
+        for (int i = lane; i < HEAD_DIM; i += 32) target[row * HEAD_DIM + i] = static_cast<ELEMENT>(own[i]);
+    }
+}

@@ -1,0 +1,168 @@
+// The K side of kv_attention.cu: codes of a chunk (kv_pages.cuh) as operands of mma, K rebuilt from them where it was
+// coded before RoPE, and the queries that meet them.
+#pragma once
+
+#include "kv_mma.cuh"
+#include "kv_pages.cuh"
+
+constexpr int HEAD_TILES = (GROUP + 7) / 8;
+constexpr int QUERY_STRIDE = STORED_DIM + 8;  // words, so that eight heads lie on different banks
+constexpr float ROOT_OF_DIM = HEAD_DIM == 64 ? 8.0f : HEAD_DIM == 128 ? 11.3137085f : 16.0f;  // KEY_MODE 2
+
+using Words = unsigned[CHUNK_WORDS];
+
+__device__ __forceinline__ __half2 as_half2(unsigned word) { return reinterpret_cast<const __half2&>(word); }
+__device__ __forceinline__ unsigned as_word(__half2 pair) { return reinterpret_cast<const unsigned&>(pair); }
+
+// How much more than a code * 2^-24 the masked nibble stands for.
+__device__ constexpr float slot_unit(int slot) { return BITS == 4 && slot % 2 ? 16.0f : 1.0f; }
+constexpr float CODE_UNIT = BITS < 16 ? 16777216.0f : 1.0f;
+
+// Both codes of a slot as subnormal halves (BITS 16: as they are).
+__device__ __forceinline__ unsigned subnormal_codes(const Words& words, int slot) {
+    const unsigned word = words[slot / SLOTS_PER_WORD];
+    if (BITS == 16) return word;
+    if (BITS == 8) return (word >> (slot % 2 * 8)) & 0x00ff00ffu;
+    return (word >> (slot % 4 / 2 * 8)) & (slot % 2 ? 0x00f000f0u : 0x000f000fu);
+}
+
+// Both codes of a slot as halves of their value: placed below the exponent of a power of two, which is subtracted.
+__device__ __forceinline__ __half2 exact_codes(const Words& words, int slot) {
+    const unsigned base = BITS == 4 && slot % 2 ? 0x54005400u : 0x64006400u;  // 64 or 1024
+    return __hsub2(as_half2(subnormal_codes(words, slot) | base), as_half2(base));
+}
+
+__device__ __forceinline__ void load_chunk(const unsigned* part, int lane, Words& words) {
+#pragma unroll
+    for (int plane = 0; plane < PLANES; ++plane) {
+        const unsigned* source = part + (plane * 32 + lane) * PLANE_WORDS;
+        if constexpr (PLANE_WORDS == 4) {
+            const uint4 loaded = *reinterpret_cast<const uint4*>(source);
+            words[4 * plane] = loaded.x, words[4 * plane + 1] = loaded.y;
+            words[4 * plane + 2] = loaded.z, words[4 * plane + 3] = loaded.w;
+        } else {
+#pragma unroll
+            for (int i = 0; i < PLANE_WORDS; ++i) words[plane * PLANE_WORDS + i] = source[i];
+        }
+    }
+}
+
+// The B operand of 32-channel blocks of the transform: slots 2 k + j, codes as subnormals, times +-2^15 / unit.
+struct Hadamard32 {
+    unsigned b[2][4][2];
+
+    __device__ Hadamard32(int g, int t) {
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+            const int in = i % 4, out = i / 4;
+            const int parity = __popc(t & (g / 2)) + __popc(in & out);
+            const unsigned size = in % 2 ? 0x6800u : 0x7800u;
+            b[in / 2][out][in % 2] = (size | parity % 2 << 15) | (size | (parity + g % 2) % 2 << 15) << 16;
+        }
+    }
+
+    __device__ void multiply(const Words (&words)[2], __half2 (&keys)[2][SLOTS]) const {
+#pragma unroll
+        for (int quad = 0; quad < SLOTS; quad += 4) {
+            unsigned sums[4][2] = {};
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                const unsigned a[4] = {
+                    subnormal_codes(words[0], quad + 2 * k), subnormal_codes(words[1], quad + 2 * k),
+                    subnormal_codes(words[0], quad + 2 * k + 1), subnormal_codes(words[1], quad + 2 * k + 1)};
+#pragma unroll
+                for (int out = 0; out < 4; ++out) mma_float16_sums(sums[out], a, b[k][out][0], b[k][out][1]);
+            }
+#pragma unroll
+            for (int i = 0; i < 8; ++i) keys[i % 2][quad + i / 2] = as_half2(sums[i / 2][i % 2]);
+        }
+#pragma unroll
+        for (int step = 4; step < SLOTS; step *= 2) {
+#pragma unroll
+            for (int i = 0; i < 2 * SLOTS; ++i) {
+                if (i / 2 & step) continue;
+                const __half2 low = keys[i % 2][i / 2], high = keys[i % 2][i / 2 + step];
+                keys[i % 2][i / 2] = __hadd2(low, high);
+                keys[i % 2][i / 2 + step] = __hsub2(low, high);
+            }
+        }
+    }
+};
+
+// K from codes: scale and minimum, the static offset, and the turn of each token by its place in the page.
+__device__ __forceinline__ void rebuild(__half2 (&keys)[2][SLOTS], const float2 (&ranges)[2], const unsigned* offsets,
+                                        const unsigned* turns, int place, int t) {
+    // The transform of a constant is a spike in its first channel; codes under the transform are 2^-9 * their sums.
+    constexpr float SCALE_UNIT = KEY_MODE == 2 ? 512.0f / ROOT_OF_DIM : 1.0f;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const __half2 scale = __float2half2_rn(ranges[i].x * SCALE_UNIT);
+        const __half2 minimum = __float2half2_rn(ranges[i].y);
+        const __half2 spike = __floats2half2_rn(t == 0 ? ranges[i].y * ROOT_OF_DIM : 0.0f, 0.0f);
+#pragma unroll
+        for (int slot = 0; slot < SLOTS; ++slot) {
+            if (KEY_MODE == 1) keys[i][slot] = __hfma2(keys[i][slot], scale, minimum);
+            if (KEY_MODE == 2) keys[i][slot] = slot ? __hmul2(keys[i][slot], scale) : __hfma2(keys[i][slot], scale, spike);
+            if (KEY_OFFSET) keys[i][slot] = __hadd2(keys[i][slot], as_half2(offsets[slot / 4 * 16 + t * 4 + slot % 4]));
+        }
+#pragma unroll
+        for (int pair = 0; pair < SLOTS / 4; ++pair) {
+            const uint4 turn = *reinterpret_cast<const uint4*>(turns + ((pair * PAGE_TOKENS + place + 8 * i) * 4 + t) * 4);
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                const __half2 cosine = as_half2(j ? turn.z : turn.x), sine = as_half2(j ? turn.w : turn.y);
+                __half2 &low = keys[i][2 * pair + j], &high = keys[i][2 * pair + j + SLOTS / 2];
+                const __half2 turned = __hfma2(__hneg2(high), sine, __hmul2(low, cosine));
+                high = __hfma2(low, sine, __hmul2(high, cosine));
+                low = turned;
+            }
+        }
+    }
+}
+
+// The queries as mma's B operand, lane (g, t): head g's channels of the slots of t, turned by `turns` if there are any.
+__device__ __forceinline__ void query_operand(const float* query, const float2* turns, int g, int t,
+                                              unsigned (&operand)[HEAD_TILES][SLOTS]) {
+#pragma unroll
+    for (int slot = 0; slot < SLOTS / 2; ++slot) {
+        float2 turn[2] = {};
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const int channel = key_channel(0, t * SLOTS + 2 * slot + j);
+            if (turns != nullptr && channel >= 0) turn[j] = turns[channel];
+        }
+#pragma unroll
+        for (int tile = 0; tile < HEAD_TILES; ++tile) {
+            float low[2], high[2];
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                const int channel = key_channel(0, t * SLOTS + 2 * slot + j);
+                const float* head = query + (tile * 8 + g) * QUERY_STRIDE;
+                const float x = channel < 0 ? 0.0f : head[channel];
+                const float y = channel < 0 ? 0.0f : head[channel + HEAD_DIM / 2];
+                low[j] = turns == nullptr ? x / slot_unit(slot) : x * turn[j].x - y * turn[j].y;
+                high[j] = turns == nullptr ? y / slot_unit(slot) : y * turn[j].x + x * turn[j].y;
+            }
+            operand[tile][slot] = as_word(__floats2half2_rn(low[0], low[1]));
+            operand[tile][slot + SLOTS / 2] = as_word(__floats2half2_rn(high[0], high[1]));
+        }
+    }
+}
+
+// Sum of a head's channels as `query_operand` rounded them, for the lane's heads 2 t and 2 t + 1 of each tile.
+__device__ __forceinline__ void query_sums(const unsigned (&operand)[HEAD_TILES][SLOTS], int t,
+                                           float (&sums)[HEAD_TILES][2]) {
+#pragma unroll
+    for (int tile = 0; tile < HEAD_TILES; ++tile) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int slot = 0; slot < SLOTS; ++slot) {
+            const float2 pair = __half22float2(as_half2(operand[tile][slot]));
+            sum += (pair.x + pair.y) * slot_unit(slot);
+        }
+        sum += __shfl_xor_sync(ALL_LANES, sum, 1);
+        sum += __shfl_xor_sync(ALL_LANES, sum, 2);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) sums[tile][j] = __shfl_sync(ALL_LANES, sum, (2 * t + j) * 4);
+    }
+}
