@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from tiny_models import make_tiny_model, save_tiny_model
+from tiny_models import byte_tokenizer, make_tiny_model, save_tiny_model
 
 from atomq.block_loop import quantize_blocks
 from atomq.cli import main
@@ -270,6 +270,34 @@ def test_a_kernel_that_reads_something_else_than_the_checkpoint_is_found(alter, 
     verdict = verify_linear("q", linear, seed=0)
     assert verdict.computed_by == "gpu kernel"
     assert not verdict.passed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", ["atom", "atomq"])
+def test_eval_ppl_and_generate_run_on_the_kernels_as_on_the_simulation(preset, tmp_path, capsys, text_file):
+    sizes = {"hidden_size": 192, "intermediate_size": 320, "head_dim": 64}
+    source, out = tmp_path / "model", tmp_path / "out"
+    make_tiny_model("llama", **sizes).save_pretrained(source)
+    byte_tokenizer().save_pretrained(source)
+
+    def run(*arguments):
+        assert main([*map(str, arguments), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    small = ["--group-size", "64", "--n-outliers", "16", "--n-samples", "4", "--seq-len", "64"]
+    quantized = run(
+        "quantize", source, out, "--preset", preset, "--calib-data", text_file, *small, "--check", "kernels"
+    )
+    assert quantized["verification"]["computed_by"] == {"gpu kernel": 14}
+    ppl, text = {}, {}
+    for backend in ("simulation", "kernels"):
+        on = ("--device", "cuda", "--backend", backend)
+        evaluated = run("eval-ppl", out, "--data", text_file, "--seq-len", 64, "--max-windows", 8, *on)
+        assert evaluated["backend"] == backend
+        ppl[backend] = evaluated["ppl"]
+        text[backend] = run("generate", out, "the quick", "--max-new-tokens", 5, *on)["n_new_tokens"]
+    assert ppl["kernels"] == pytest.approx(ppl["simulation"], rel=3e-3)
+    assert 1 <= text["kernels"] <= 5
 
 
 def test_the_command_ends_with_exit_code_1_on_a_mismatch(tmp_path, capsys, monkeypatch):
