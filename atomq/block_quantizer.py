@@ -26,6 +26,7 @@ from atomq.models.families import LinearGroup, ModelFamily
 from atomq.models.quantized import install_kv_quantizer, install_linears
 from atomq.numerics.channels import ChannelStatistics
 from atomq.numerics.linear import QuantizedLinear, transform_input
+from atomq.units import percent
 
 # Told how much of the block is done, from 0 to 1, and what is being done.
 OnStep = Callable[[float, str], None]
@@ -111,7 +112,7 @@ class BlockQuantizer:
         for group, process in zip(groups, owners, strict=True):
             hessian = hessians.pop(group.owner, None)
             if process == distributed.rank():
-                on_step(0.5, f"{self.prefix}.{group.owner}")
+                on_step(0.5, f"{self.prefix}.{group.owner}{_last_error(found)}")
                 found[group.owner] = self._solve_group(group, hessian)
         reports: list[LinearReport] = []
         for group, process in zip(groups, owners, strict=True):
@@ -138,6 +139,12 @@ class BlockQuantizer:
             _report(f"{self.prefix}.{name}", result)
             for name, result in zip(group.linears, solved, strict=True)
         ]
+
+
+def _last_error(found: dict[str, list[LinearReport]]) -> str:
+    """What the linear before this one cost, for people who watch."""
+    error = next((reports[-1].relative_error for reports in reversed(found.values()) if reports), None)
+    return "" if error is None else f" (before it: error {percent(error)})"
 
 
 def _report(name: str, solved: SolvedLinear) -> LinearReport:

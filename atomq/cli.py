@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import inspect as inspect_module  # a command has that name, too
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import typer
 
@@ -23,6 +25,7 @@ from atomq.commands import (
     report,
     verify,
 )
+from atomq.commands.console import quietly
 from atomq.errors import AtomqError, Interrupted
 
 app = typer.Typer(
@@ -34,18 +37,28 @@ app = typer.Typer(
 )
 
 
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+
+
 def _register(name: str, command: Callable[..., None], help_text: str) -> None:
-    """Add a command; Ctrl-C in it becomes an error like others, since Typer would otherwise end on its
-    own.
+    """Add a command with `--quiet`; Ctrl-C in it becomes an error like others, since Typer would otherwise
+    end on its own.
     """
 
     @functools.wraps(command)
-    def interruptible(*args: object, **kwargs: object) -> None:
+    def interruptible(*args: object, quiet: bool = False, **kwargs: object) -> None:
         try:
-            command(*args, **kwargs)
+            with quietly(quiet):
+                command(*args, **kwargs)
         except KeyboardInterrupt:
             raise Interrupted("interrupted; nothing half-written was left behind") from None
 
+    own = inspect_module.signature(command, eval_str=True)
+    option = inspect_module.Parameter(
+        "quiet", inspect_module.Parameter.KEYWORD_ONLY, default=False, annotation=QuietOption
+    )
+    wrapper: Any = interruptible
+    wrapper.__signature__ = own.replace(parameters=[*own.parameters.values(), option])
     app.command(name, help=help_text)(interruptible)
 
 

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
-from atomq.progress import OnProgress
+from atomq.progress import OnProgress, silently
+from atomq.units import human_bytes, human_seconds
 
 # Of several processes that torchrun started, only the first speaks.
-_QUIET = os.environ.get("RANK", "0") != "0"
-out = Console(quiet=_QUIET)
-err = Console(stderr=True, quiet=_QUIET)
+_SILENT = os.environ.get("RANK", "0") != "0"
+out = Console(quiet=_SILENT)  # both honour NO_COLOR, and write no escape codes where there is no terminal
+err = Console(stderr=True, quiet=_SILENT)
+_quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -57,31 +64,80 @@ def silence_libraries() -> None:
 
 @contextmanager
 def progress(title: str) -> Iterator[OnProgress]:
-    """A live bar with ETA on a terminal's stderr; elsewhere one plain line for each tenth of the way."""
-    if err.is_terminal:
-        bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[step]}"),
-            console=err,
-            transient=True,
-        )
-        task = bar.add_task(title, total=None, step="")
-        with bar:
-            yield lambda done, total, step: bar.update(task, completed=done, total=total, step=step)
-        return
-    last = ("", -1)
+    """How far the work is, on stderr, with the time left, memory, and what is done now.
+
+    A live bar on a terminal; elsewhere one plain line without escape codes for each tenth of the way, for
+    logs; nothing under `quietly`.
+    """
+    if _quiet.get():
+        yield silently
+    elif err.is_terminal and not err.is_dumb_terminal:
+        with _live_bar(title) as on_progress:
+            yield on_progress
+    else:
+        yield _log_lines(title)
+
+
+@contextmanager
+def quietly(quiet: bool) -> Iterator[None]:
+    """Show no progress while this is open, if `quiet`; results, warnings and errors stay."""
+    token = _quiet.set(quiet)
+    try:
+        yield
+    finally:
+        _quiet.reset(token)
+
+
+@contextmanager
+def _live_bar(title: str) -> Iterator[OnProgress]:
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[memory]}"),
+        TextColumn("[dim]{task.fields[step]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+        console=err,
+        transient=True,
+    )
+    task = bar.add_task(title, total=None, step="", memory="")
+    last = 0.0
+
+    def update(done: float, total: int, step: str) -> None:
+        nonlocal last
+        if done == 0 < last:  # the next pass over the model begins, at a pace of its own
+            bar.reset(task)
+        last = done
+        bar.update(task, completed=done, total=total, step=escape(step), memory=_memory())
+
+    with bar:
+        yield update
+
+
+def _log_lines(title: str) -> OnProgress:
+    started, last_done, last_tenth = time.monotonic(), 0.0, -1
 
     def plain(done: float, total: int, step: str) -> None:
-        nonlocal last
-        tenth = int(10 * done / total)
-        if tenth != last[1]:
-            line = f"{title}: {100 * done / total:3.0f}% {step}"
+        nonlocal started, last_done, last_tenth
+        if done == 0 < last_done:
+            started, last_tenth = time.monotonic(), -1
+        last_done, tenth = done, int(10 * done / total)
+        if tenth != last_tenth:
+            last_tenth, elapsed = tenth, time.monotonic() - started
+            left = f"ETA {human_seconds(elapsed * (total - done) / done)}, " if 0 < done < total else ""
+            line = f"{title}: {100 * done / total:3.0f}% {step} [{left}{_memory()}]"
             err.print(line, markup=False, highlight=False, soft_wrap=True)
-        last = (step, tenth)
 
-    yield plain
+    return plain
+
+
+def _memory() -> str:
+    """What this process holds now, and on a GPU if torch has started one."""
+    n_pages = int(Path("/proc/self/statm").read_text().split()[1]) if Path("/proc/self/statm").exists() else 0
+    held = n_pages * resource.getpagesize() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    torch = sys.modules.get("torch")  # never loaded from here: showing progress must cost nothing
+    if torch is None or not torch.cuda.is_initialized():
+        return human_bytes(held)
+    return f"{human_bytes(held)} + GPU {human_bytes(torch.cuda.memory_allocated())}"
