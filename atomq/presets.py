@@ -46,12 +46,9 @@ PRESETS: dict[str, Recipe] = {
         QuantScheme(WeightScheme(n_bits=4, group_size=128), ActivationScheme(n_bits=4, group_size=128)),
         SolverConfig(method="rtn"),
     ),
-    # W4A4 as compressed-tensors can say it: no outliers, and the range of codes that its loaders compute.
+    # W4A4 as compressed-tensors can say it: no outliers, and activations as vLLM's kernels round them.
     "ct-w4a4": Recipe(
-        QuantScheme(
-            WeightScheme(n_bits=4, group_size=128),
-            ActivationScheme(n_bits=4, group_size=128, clip_ratio=14 / 15),
-        ),
+        QuantScheme(WeightScheme(n_bits=4, group_size=128), ActivationScheme(n_bits=4, group_size=128)),
         SolverConfig(method="gptq", clip_search="hessian", calibration="sequential"),
     ),
     # Weights only, for servers that compute in 16 bits.

@@ -60,6 +60,10 @@ def command(
     seed: SeedOption = 0,
     moe_calibrate_all: AllExpertsOption = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
+    format_name: Annotated[
+        str | None,
+        typer.Option("--format", help="Also export to OUT-FORMAT: compressed-tensors, gptq, gptq_v2 or hf."),
+    ] = None,
     check: Annotated[
         str,
         typer.Option(
@@ -86,6 +90,12 @@ def command(
             f"preset {preset} with these settings looks at no activations; "
             f"leave --calib-data, --n-samples, --seq-len, --seed and --moe-calibrate-all away"
         )
+    exported = None
+    if format_name is not None:
+        from atomq.export.folder import check_export, export
+
+        exported = out.with_name(f"{out.name}-{format_name}")
+        check_export(model, recipe.scheme, format_name, exported, overwrite=overwrite)
     with console.progress("quantize") as on_progress:
         result = pipeline.quantize(
             model,
@@ -101,6 +111,9 @@ def command(
     del result  # its model, before the checkpoint's is loaded
     console.warn(summary["warnings"])
     proof = None if arithmetic is None else checking.prove_and_report(path, place, arithmetic)
+    if format_name is not None and exported is not None and not (proof and proof.failed):
+        console.warn(export(path, exported, format_name, overwrite=overwrite).notes)
+        summary["exported"] = str(exported)
     if json_output:
         facts = None if proof is None else proof.summary()
         console.print_json({"out": str(out), **summary, "verification": facts})
@@ -148,4 +161,6 @@ def _print_summary(path: Path, summary: dict[str, Any], proof: str) -> None:
         ["time", f"{seconds['total']:.1f} s"],
     ]
     console.print_table(f"{summary['model']} quantized", ["", ""], rows)
+    if "exported" in summary:
+        console.print_line(f"Exported to {summary['exported']}")
     console.print_line(f"Measure it: atomq eval-ppl {path} --baseline MODEL")

@@ -1,9 +1,12 @@
 """compressed-tensors, `pack-quantized`: what vLLM, SGLang and transformers read.
 
 A linear [N, K] becomes `weight_packed` int32 [N, ceil(K * n_bits / 32)] (code + 2^(n_bits-1), least
-significant bits first), `weight_scale` [N, G] and `weight_shape` int64 [2]. Its loaders divide the largest
-magnitude of an activation's group by (2^n_bits - 1) / 2, so a checkpoint must have been made with that rule.
-Zero points of weights exist in the format, but version 0.20 of the library does not load them: refused.
+significant bits first), `weight_scale` [N, G] and `weight_shape` int64 [2]. Zero points of weights exist in
+the format, but version 0.20 of the library does not load them: refused.
+
+The format does not say by what the largest magnitude of an activation's group is divided, and its loaders
+differ: vLLM's INT4 and INT8 kernels (Humming) divide by 2^(n_bits-1) - 1, which is atomq's rule without
+clipping; the library, in transformers, by (2^n_bits - 1) / 2.
 """
 
 from __future__ import annotations
@@ -29,8 +32,7 @@ from atomq.numerics.grid import CodeGrid
 from atomq.numerics.scales import scale_divisor
 
 NAME = "compressed-tensors"
-# How far the range of activation codes may be from the loaders': 8 bits without clipping are 0.4 % off.
-RANGE_TOLERANCE = 0.01
+RANGE_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -74,23 +76,33 @@ class CompressedTensors:
                 )
 
     def _check_range(self) -> None:
-        activations = self.scheme.activations
-        grid = CodeGrid.of("int", activations.n_bits)
-        wanted = scale_divisor(grid) / scale_divisor(grid, "half")
-        if abs(activations.clip_ratio / wanted - 1) > RANGE_TOLERANCE:
+        given, (vllm, library) = self.scheme.activations.clip_ratio, self._ranges()
+        if min(abs(given / vllm - 1), abs(given / library - 1)) > RANGE_TOLERANCE:
             raise ConfigError(
-                f"{NAME} has no clip ratio of activations: its loaders divide the largest magnitude by "
-                f"{scale_divisor(grid, 'half'):g}, which is activations.clip_ratio={wanted:.5f} and not "
-                f"{activations.clip_ratio}; quantize with --preset ct-w4a4, "
-                f"or --set activations.clip_ratio={wanted:.5f}"
+                f"{NAME} has no clip ratio of activations, and this checkpoint has {given}; quantize with "
+                f"--set activations.clip_ratio={vllm}, vLLM's range, or {library:.4f}, the library's"
             )
+
+    def _ranges(self) -> tuple[float, float]:
+        """What vLLM's kernels and the library in transformers do, as clip ratios of activations."""
+        grid = CodeGrid.of("int", self.scheme.activations.n_bits)
+        return 1.0, scale_divisor(grid) / scale_divisor(grid, "half")
 
     @property
     def group_size(self) -> int | None:
         return uniform_group_size(self.scheme.weights.group_size, self.shapes)
 
     def notes(self) -> list[str]:
-        return group_notes(self.scheme, self.group_size)
+        notes = group_notes(self.scheme, self.group_size)
+        if self.scheme.activations.n_bits != FLOAT_BITS:
+            vllm, library = self._ranges()
+            given = self.scheme.activations.clip_ratio
+            ours = "vLLM's kernels" if abs(given - vllm) < abs(given - library) else "the library"
+            notes.append(
+                f"the range of activations is that of {ours}: vLLM's kernels cover the largest magnitude "
+                f"whole, the library in transformers {library:.4f} of it, so their figures differ a little"
+            )
+        return notes
 
     def linear_tensors(self, stored: StoredLinear) -> dict[str, torch.Tensor]:
         """The tensors of one linear by their last names."""

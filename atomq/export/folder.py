@@ -84,16 +84,19 @@ def bind_format(name: str, scheme: QuantScheme, shapes: Shapes) -> ExportFormat:
     return FORMATS[name](scheme, shapes)
 
 
-def check_expressible(model_name: str, scheme: QuantScheme, format_name: str) -> None:
-    """Refuse, before a model is quantized, a format that could not hold the result.
+def check_export(
+    model_name: str, scheme: QuantScheme, format_name: str, dest: Path, *, overwrite: bool
+) -> None:
+    """Refuse, before a model is quantized, an export that would be refused afterwards.
 
     Raises:
-        ConfigError: what cannot be expressed.
+        ConfigError: the format cannot express the scheme, or `dest` exists.
         UnsupportedModelError: there is no such model.
     """
     source = resolve_source(model_name)
     model = empty_model(load_config(source), source)
     bind_format(format_name, scheme, linear_shapes(model, find_family(model.config.model_type)))
+    CheckpointWriter(dest, overwrite=overwrite)  # looks, and writes nothing yet
 
 
 def export(

@@ -79,3 +79,26 @@ def test_refusals_end_with_exit_code_2_and_leave_nothing(checkpoint, tmp_path, c
 def test_what_is_not_a_checkpoint_is_refused(tiny_dir, tmp_path, capsys):
     assert main(["export", str(tiny_dir), str(tmp_path / "DEST"), "--format", "hf"]) == 2
     assert "is not quantized" in capsys.readouterr().err
+
+
+def quantize_argv(model, out, *options):
+    return ["quantize", str(model), str(out), "--preset", "w8a8", "--check", "off", *options]
+
+
+def test_quantize_exports_beside_the_checkpoint(tiny_dir, tmp_path, capsys):
+    out, dest = tmp_path / "OUT", tmp_path / "OUT-compressed-tensors"
+    assert main([*quantize_argv(tiny_dir, out, "--format", "compressed-tensors"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["exported"] == str(dest)
+    assert read_manifest(dest)["exported_as"] == "compressed-tensors"
+    assert check_files(out, hashes=True)
+    assert main(["export", str(out), str(tmp_path / "AGAIN"), "--format", "compressed-tensors"]) == 0
+    assert read_manifest(tmp_path / "AGAIN")["files"] == read_manifest(dest)["files"]
+
+
+def test_quantize_refuses_an_export_before_it_starts(tiny_dir, tmp_path, capsys):
+    assert main(quantize_argv(tiny_dir, tmp_path / "OUT", "--format", "gptq")) == 2
+    assert "no activations of 8 bits" in capsys.readouterr().err
+    (tmp_path / "OUT-hf").mkdir()
+    assert main(quantize_argv(tiny_dir, tmp_path / "OUT", "--format", "hf")) == 2
+    assert "OUT-hf exists" in capsys.readouterr().err
+    assert not (tmp_path / "OUT").exists()
