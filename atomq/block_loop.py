@@ -6,8 +6,9 @@ to `block_quantizer`; each sees the quantized activations and KV cache of all bl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,12 +24,21 @@ from atomq.models.attention import attention_for
 from atomq.models.blocks import BlockInputs, block_groups, blocks_of, capture_block_inputs, linear_shapes
 from atomq.models.experts import STARVED_TOKENS, ExpertRouting
 from atomq.models.families import ModelFamily, find_family
-from atomq.models.quantized import head_dim_of
+from atomq.models.quantized import head_dim_of, restore_block
+from atomq.models.streaming import StoredWeights, empty, empty_parameters
 from atomq.numerics.channels import ChannelStatistics
 from atomq.progress import OnProgress
 
-# Told each finished block's name and module.
-OnBlock = Callable[[str, nn.Module], None]
+# Told each finished block's name, the block and how its linears came out.
+OnBlock = Callable[[str, nn.Module, list[LinearReport]], None]
+
+
+@dataclass(frozen=True)
+class FinishedBlock:
+    """A block that an earlier run quantized; `read` gives its stored tensors by names relative to it."""
+
+    reports: tuple[LinearReport, ...]
+    read: Callable[[], dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,8 @@ def calibrate_blocks(
     device: torch.device,
     on_progress: OnProgress,
     routing: ExpertRouting | None = None,
+    weights: StoredWeights | None = None,
+    scratch: Path | None = None,
 ) -> dict[str, ChannelStatistics]:
     """Statistics of every linear group's input in the float model, by the full name of the group's first
     linear.
@@ -61,16 +73,18 @@ def calibrate_blocks(
         model: float model on the CPU; blocks visit `device` one at a time.
         token_ids: int64 [n_windows, seq_len].
         routing: which tokens experts see; it takes note of starved ones.
+        weights: where the blocks' weights are, if `model` is a skeleton without them.
+        scratch: a folder for the activations; None keeps them on `device`.
     """
     routing = routing or ExpertRouting()
     family = find_family(model.config.model_type)
     token_ids = distributed.own_share(token_ids)
-    inputs = capture_block_inputs(model, family, token_ids, device)
+    inputs = _first_inputs(model, family, token_ids, device, weights, scratch)
     blocks = blocks_of(model, family)
     statistics = {}
     for index, block in enumerate(blocks):
         on_progress(index, len(blocks), "channel statistics")
-        block.to(device)
+        _enter(block, f"{family.blocks}.{index}.", device, weights)
         routing.open(block, f"{family.blocks}.{index}", family, inputs)
         accumulators = _watch_inputs(block, family, token_ids.shape[1])
         inputs.run(block, _within_block(on_progress, index, len(blocks), inputs))
@@ -78,7 +92,7 @@ def calibrate_blocks(
             hook.remove()
             statistics[f"{family.blocks}.{index}.{name}"] = accumulator.result()
         routing.close(block)
-        block.cpu()
+        block.cpu() if weights is None else empty_parameters(block)
     on_progress(len(blocks), len(blocks), "channel statistics")
     return statistics
 
@@ -92,14 +106,23 @@ def quantize_blocks(
     statistics: dict[str, ChannelStatistics] | None = None,
     on_block: OnBlock | None = None,
     routing: ExpertRouting | None = None,
+    weights: StoredWeights | None = None,
+    finished: Mapping[int, FinishedBlock] | None = None,
+    scratch: Path | None = None,
 ) -> QuantizationReport:
     """Quantize the blocks of `model` in place; it then is the simulation of the checkpoint.
+
+    With `weights` the model is a skeleton: each block is filled when its turn comes and emptied after
+    `on_block`, so that never more than one is in memory.
 
     Args:
         token_ids: calibration windows int64 [n_windows, seq_len]; needed if `recipe.needs_calibration`.
         statistics: `calibrate_blocks`'s result; made here if it is None and the recipe reorders.
-        on_block: called with each block as soon as it is packed.
+        on_block: called with each block as soon as it is packed, and its reports.
         routing: which calibration tokens experts see.
+        weights: where the blocks' weights are, if `model` is a skeleton without them.
+        finished: blocks of an earlier run, which are only passed through.
+        scratch: a folder for the activations; None keeps them on `device`.
 
     Raises:
         ConfigError: a linear is too narrow for the outliers, or calibration tokens are missing.
@@ -111,13 +134,14 @@ def quantize_blocks(
     clock = Clock()
     if scheme.outliers.reorder and statistics is None:
         assert token_ids is not None
-        statistics = calibrate_blocks(model, token_ids, device, on_progress, routing)
+        statistics = calibrate_blocks(model, token_ids, device, on_progress, routing, weights, scratch)
         clock.lap("statistics")
     solves = recipe.solver.method == "gptq" and scheme.weights.n_bits < FLOAT_BITS
     inputs = None
     if solves:
         assert token_ids is not None
-        inputs = capture_block_inputs(model, family, distributed.own_share(token_ids), device)
+        own_ids = distributed.own_share(token_ids)
+        inputs = _first_inputs(model, family, own_ids, device, weights, scratch)
     model.set_attn_implementation(attention_for(scheme.kv, model.config))
     blocks = blocks_of(model, family)
     named = model.config.dtype  # what the weights are stored in; a model made in memory may not say
@@ -125,31 +149,63 @@ def quantize_blocks(
     reports: list[LinearReport] = []
     for index, block in enumerate(blocks):
         prefix = f"{family.blocks}.{index}"
-        block.to(device)
-        quantizer = BlockQuantizer(block, prefix, family, recipe, storage_dtype, clock)
-        quantizer.prepare(statistics, head_dim_of(model.config))
 
         def within(share: float, doing: str, index: int = index) -> None:
             on_progress(index + share, len(blocks), doing)
 
-        if inputs is not None:
-            routing.open(block, prefix, family, inputs)
-        reports += quantizer.solve(inputs, within)
-        routing.close(block)
+        done = (finished or {}).get(index)
+        if done is not None:
+            own = list(done.reports)
+            if inputs is not None:
+                restore_block(block, family, scheme, head_dim_of(model.config), done.read())
+                block.to(device)
+        else:
+            _enter(block, f"{prefix}.", device, weights)
+            quantizer = BlockQuantizer(block, prefix, family, recipe, storage_dtype, clock)
+            quantizer.prepare(statistics, head_dim_of(model.config))
+            if inputs is not None:
+                routing.open(block, prefix, family, inputs)
+            own = quantizer.solve(inputs, within)
+            routing.close(block)
+        reports += own
         if inputs is not None:
             within(0.8, "forward")
             inputs.run(block)
             if not bool(torch.isfinite(inputs.hidden).all()):
                 raise AtomqError(f"{prefix} gives values that are not finite on the calibration text")
             clock.lap("forward")
-        block.cpu()
-        if on_block is not None:
-            on_block(prefix, block)
+        if weights is None:
+            block.cpu()
+        if on_block is not None and done is None:
+            on_block(prefix, block, own)
+        if weights is not None:
+            empty(block)
         clock.lap("writing")
     on_progress(len(blocks), len(blocks), "done")
     widest = max(shape.n_in for shape in linear_shapes(model, family).values())
     warnings = _warnings(reports, recipe) + _starving_warnings(routing)
     return QuantizationReport(tuple(reports), widest, warnings, clock.seconds, routing.starved)
+
+
+def _first_inputs(
+    model: PreTrainedModel,
+    family: ModelFamily,
+    token_ids: torch.Tensor,
+    device: torch.device,
+    weights: StoredWeights | None,
+    scratch: Path | None,
+) -> BlockInputs:
+    """Inputs of the first block, whether or not the model has its weights."""
+    if weights is None:
+        return capture_block_inputs(model, family, token_ids, device, scratch)
+    with weights.before_blocks(model, family, token_ids) as ids:
+        return capture_block_inputs(model, family, ids, device, scratch)
+
+
+def _enter(block: nn.Module, prefix: str, device: torch.device, weights: StoredWeights | None) -> None:
+    if weights is not None:
+        weights.fill(block, prefix, device)
+    block.to(device)
 
 
 def check_widths(model: PreTrainedModel, family: ModelFamily, scheme: QuantScheme) -> None:

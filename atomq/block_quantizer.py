@@ -208,7 +208,7 @@ def _collect_hessians(
     hessians: dict[str, HessianAccumulator | RoutedHessian] = {}
     for group in groups:
         linear = linears[group.owner]
-        width, device = linear.in_features, inputs.hidden.device
+        width, device = linear.in_features, inputs.device
         accumulator: HessianAccumulator | RoutedHessian
         if group.routed:
             accumulator = RoutedHessian(width, device)

@@ -28,6 +28,10 @@ from atomq.commands import (
 from atomq.commands.console import quietly
 from atomq.errors import AtomqError, Interrupted
 
+INTERRUPTED = (
+    "interrupted; nothing half-written was left behind (what quantize has finished is kept: "
+    "the same command goes on after it)"
+)
 app = typer.Typer(
     name="atomq",
     help="Quantize LLMs to INT4 weights, activations and KV cache; measure it; write a file that opens.",
@@ -51,7 +55,7 @@ def _register(name: str, command: Callable[..., None], help_text: str) -> None:
             with quietly(quiet):
                 command(*args, **kwargs)
         except KeyboardInterrupt:
-            raise Interrupted("interrupted; nothing half-written was left behind") from None
+            raise Interrupted(INTERRUPTED) from None
 
     own = inspect_module.signature(command, eval_str=True)
     option = inspect_module.Parameter(

@@ -30,7 +30,7 @@ from atomq.formats.schema import QUANT_METHOD, check_values, parse_quantization_
 from atomq.models.attention import attention_for
 from atomq.models.blocks import blocks_of
 from atomq.models.experts import unfuse_experts
-from atomq.models.quantized import head_dim_of, install_kv_quantizer, install_linears
+from atomq.models.quantized import head_dim_of, install_stored
 from atomq.numerics.linear import QuantizedLinear
 
 _RUNTIME_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -98,21 +98,18 @@ class AtomqQuantizer(HfQuantizer):
         headers = tensor_headers(self._folder)
         check_tensors(headers, expected_tensors(model, family, scheme))
         self._exact: set[str] = set()
+        head_dim = head_dim_of(model.config)
         for index, block in enumerate(blocks_of(model, family)):
-            for name, linear in install_linears(block, family, scheme).items():
-                full = f"{family.blocks}.{index}.{name}"
-                stored = {
-                    suffix: headers[f"{full}.{suffix}"]
-                    for suffix in (*linear.code_names, "perm", "weight")
-                    if f"{full}.{suffix}" in headers
-                }
-                linear.allocate(stored)
+            prefix = f"{family.blocks}.{index}."
+            own = {
+                name.removeprefix(prefix): spec for name, spec in headers.items() if name.startswith(prefix)
+            }
+            for name, linear in install_stored(block, family, scheme, head_dim, own).items():
                 self._exact |= {
-                    f"{full}.{suffix}"
+                    f"{prefix}{name}.{suffix}"
                     for suffix in linear.code_names
-                    if stored[suffix].dtypes[0].is_floating_point
+                    if own[f"{name}.{suffix}"].dtypes[0].is_floating_point
                 }
-            install_kv_quantizer(block, family, scheme.kv, head_dim_of(model.config))
         model.set_attn_implementation(attention_for(scheme.kv, model.config))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> PreTrainedModel:

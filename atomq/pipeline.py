@@ -2,46 +2,49 @@
 
 from __future__ import annotations
 
-import platform
-import resource
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-import transformers
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import atomq
 from atomq.block_loop import (
+    FinishedBlock,
     QuantizationReport,
     calibrate_blocks,
     check_widths,
     quantize_blocks,
 )
-from atomq.block_quantizer import group_orders
+from atomq.block_quantizer import LinearReport, group_orders
 from atomq.config import CalibrationConfig, OutlierScheme, QuantScheme, Recipe, to_dict
 from atomq.errors import CheckpointError, ConfigError
-from atomq.eval.windows import DEFAULT_SAMPLES, TokenWindows, calibration_windows
-from atomq.formats.calibration import CalibrationKey, read_calibration, write_calibration
+from atomq.eval.windows import TokenWindows, calibration_windows
+from atomq.facts import host_facts, job_facts, manifest_facts, mean_error, token_warnings, window_facts
+from atomq.formats.calibration import CalibrationKey, read_calibration, read_facts, write_calibration
 from atomq.formats.card import model_card
 from atomq.formats.channel_plot import draw_channels
 from atomq.formats.checkpoint import REPORTS
 from atomq.formats.files import write_file, write_json
 from atomq.formats.schema import code_bytes, effective_bits, quantization_config
+from atomq.formats.shards import ShardTensor
 from atomq.formats.writer import CheckpointWriter
 from atomq.models.blocks import linear_shapes
 from atomq.models.experts import ExpertRouting
 from atomq.models.families import LinearShape, ModelFamily, find_family
-from atomq.models.loading import companions, is_local_path, load_float_model, load_tokenizer
+from atomq.models.loading import companions, is_local_path, load_tokenizer, open_float_model
 from atomq.models.quantized import head_dim_of
-from atomq.models.source import ModelSource, resolve_source, source_hash
+from atomq.models.source import resolve_source, source_hash
+from atomq.models.streaming import StoredWeights
 from atomq.numerics.channels import ChannelStatistics
 from atomq.progress import OnProgress, silently
 from atomq.report.files import write_report
+
+STARVED = "starved_experts"  # in the facts of records and artefacts
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,9 @@ class CalibrationResult:
 
 @dataclass(frozen=True)
 class QuantizeResult:
-    """What `quantize` made. `model` is the simulation of the checkpoint at `path`, on the CPU."""
+    """What `quantize` made: the checkpoint at `path`, how it went, and its summary."""
 
     path: Path
-    model: PreTrainedModel
     report: QuantizationReport
     summary: dict[str, Any]
 
@@ -98,18 +100,18 @@ def calibrate(
     place = choose_device(device)
     source = resolve_source(model_name)
     windows = _cut_windows(load_tokenizer(source), calibration)
-    model = load_float_model(source)
+    model, weights = open_float_model(source)
     windows.check_vocabulary(model.config.vocab_size)
     family = find_family(model.config.model_type)
     check_widths(model, family, QuantScheme(outliers=outliers))
     routing = _expert_routing(family, calibration)
-    statistics = calibrate_blocks(model, windows.token_ids, place, on_progress, routing)
+    statistics = calibrate_blocks(model, windows.token_ids, place, on_progress, routing, weights)
     scheme = QuantScheme(outliers=outliers)
     orders = group_orders(statistics, scheme)
-    key = _calibration_key(source, windows, calibration, scheme)
+    key = _calibration_key(source_hash(source), windows, calibration, scheme)
     facts = {
         "model": source.name,
-        "calibration": _window_facts(windows),
+        "calibration": window_facts(windows, calibration),
         "starved_experts": routing.starved,
         "atomq": atomq.__version__,
     }
@@ -130,20 +132,25 @@ def quantize(
     calibration: CalibrationConfig | None = None,
     calibration_file: Path | None = None,
     overwrite: bool = False,
+    restart: bool = False,
+    activations: str = "device",
 ) -> QuantizeResult:
     """Quantize a model and write the checkpoint `out`.
 
     Args:
         calibration: the text; used if the recipe looks at activations. None: the built-in text.
         calibration_file: an artefact of `calibrate` to take the statistics from.
+        restart: throw away what an earlier, unfinished run left, instead of going on with it.
+        activations: where those of the calibration text are kept between blocks, "device" or "disk".
 
     Raises:
         AtomqError: every kind of bad input, before anything is written; storage trouble later. Nothing
-        half-written
-            stays behind.
+            half-written stays behind, but finished blocks do: the same call goes on after them.
     """
     started = time.perf_counter()
     place = choose_device(device)
+    if activations not in ("device", "disk"):
+        raise ConfigError(f"--activations {activations} is not one of device, disk")
     if calibration_file is not None and not recipe.scheme.outliers.reorder:
         raise ConfigError(
             f"{calibration_file.name} would not be used: this recipe chooses no outlier channels; "
@@ -151,29 +158,46 @@ def quantize(
         )
     calibration = calibration or CalibrationConfig()
     source = resolve_source(model_name)
-    with CheckpointWriter(out, overwrite=overwrite) as writer:
+    with CheckpointWriter(out, overwrite=overwrite, restart=restart) as writer:
         tokenizer = load_tokenizer(source)  # needed in the checkpoint, whatever the recipe
         windows = _cut_windows(tokenizer, calibration) if recipe.needs_calibration else None
-        statistics = None
-        if calibration_file is not None and windows is not None:
-            key = _calibration_key(source, windows, calibration, recipe.scheme)
-            statistics = read_calibration(calibration_file, key)
-        model = load_float_model(source)
+        model, weights = open_float_model(source)
         if windows is not None:
             windows.check_vocabulary(model.config.vocab_size)
         family = find_family(model.config.model_type)
         shapes = linear_shapes(model, family)
-        if calibration_file is not None and statistics is not None:
+        check_widths(model, family, recipe.scheme)
+        model_hash = source_hash(source)
+        statistics = None
+        if calibration_file is not None and windows is not None:
+            key = _calibration_key(model_hash, windows, calibration, recipe.scheme)
+            statistics = read_calibration(calibration_file, key)
             _check_statistics(calibration_file, statistics, family, shapes)
-        writer.n_shards = model.config.num_hidden_layers + 1
-        storage_dtype = model.config.dtype
-        assert isinstance(storage_dtype, torch.dtype)
-
-        def write_block(prefix: str, block: nn.Module) -> None:
-            number = int(prefix.rpartition(".")[2]) + 2  # the first shard holds what is not in a block
-            writer.write_shard(number, _stored_tensors(block, f"{prefix}.", storage_dtype))
-
+        facts_of_text = None if windows is None else window_facts(windows, calibration)
+        job = job_facts(source, model_hash, recipe, facts_of_text, place)
+        writer.begin(job, n_shards=model.config.num_hidden_layers + 1)
+        routing = _expert_routing(family, calibration)
         loaded = time.perf_counter()
+        if writer.facts_of(1) is None:
+            writer.write_shard(1, _tensors_outside_blocks(model, f"{family.blocks}.", weights))
+        scratch = writer.progress if activations == "disk" else None
+        if statistics is None and recipe.scheme.outliers.reorder:
+            assert windows is not None
+            key = _calibration_key(model_hash, windows, calibration, recipe.scheme)
+            statistics = _kept_statistics(writer, key, routing)
+            if statistics is None:
+                statistics = calibrate_blocks(
+                    model, windows.token_ids, place, on_progress, routing, weights, scratch
+                )
+                write_calibration(writer.statistics, key, statistics, {}, {STARVED: routing.starved})
+        gathered = time.perf_counter()
+
+        def write_block(prefix: str, block: nn.Module, reports: list[LinearReport]) -> None:
+            tensors = _stored_tensors(block, f"{prefix}.", weights.dtype)
+            starved = {name: n for name, n in routing.starved.items() if name.startswith(f"{prefix}.")}
+            facts = {"linears": [asdict(report) for report in reports], STARVED: starved}
+            writer.write_shard(_shard_of(prefix), tensors, facts)
+
         report = quantize_blocks(
             model,
             recipe,
@@ -182,9 +206,11 @@ def quantize(
             None if windows is None else windows.token_ids,
             statistics,
             write_block,
-            _expert_routing(family, calibration),
+            routing,
+            weights,
+            _finished_blocks(writer, family, model.config.num_hidden_layers, routing),
+            scratch,
         )
-        writer.write_shard(1, _tensors_outside_blocks(model, f"{family.blocks}.", storage_dtype))
         writer.write_index()
         config = model.config.to_dict()
         config["quantization_config"] = quantization_config(family, recipe.scheme)
@@ -196,26 +222,69 @@ def quantize(
         bits = effective_bits(recipe.scheme, shapes, head_dim_of(model.config))
         card = model_card(source.name, recipe, bits, atomq.__version__)
         write_file(writer.folder / "README.md", card.encode())
-        warnings = [*_token_warnings(windows, report, recipe, calibration), *report.warnings]
-        writer.write_manifest(_manifest_facts(source, recipe, windows, report, warnings, place))
-        seconds = {"loading": loaded - started, **report.seconds, "total": time.perf_counter() - started}
+        warnings = [*token_warnings(windows, report, recipe, calibration), *report.warnings]
+        writer.write_manifest(manifest_facts(job, recipe, report, warnings))
+        seconds = {
+            "loading": loaded - started,
+            "statistics": gathered - loaded,
+            **report.seconds,
+            "total": time.perf_counter() - started,
+        }
         summary = {
             "model": source.name,
             "recipe": to_dict(recipe),
-            "calibration": None if windows is None else _window_facts(windows),
+            "calibration": facts_of_text,
             "effective_bits": bits,
             "size_bytes": writer.total_size,
             "linear_bytes": code_bytes(recipe.scheme, shapes),
-            "mean_relative_error": _mean_error(report),
+            "mean_relative_error": mean_error(report),
             "warnings": warnings,
             "seconds": seconds,
         }
         write_json(
-            writer.folder / REPORTS / "quantize.json", {**report.to_dict(), **summary, **_host_facts(place)}
+            writer.folder / REPORTS / "quantize.json", {**report.to_dict(), **summary, **host_facts(place)}
         )
         writer.publish()
     write_report(out)
-    return QuantizeResult(out, model, report, summary)
+    return QuantizeResult(out, report, summary)
+
+
+def _kept_statistics(
+    writer: CheckpointWriter, key: CalibrationKey, routing: ExpertRouting
+) -> dict[str, ChannelStatistics] | None:
+    """The channel statistics that an earlier process of this run gathered, and what it saw of experts."""
+    if not writer.statistics.is_file():
+        return None
+    routing.starved |= read_facts(writer.statistics)[STARVED]
+    return read_calibration(writer.statistics, key)
+
+
+def _shard_of(prefix: str) -> int:
+    """The shard of the block `prefix`; the first one holds what is not in a block."""
+    return int(prefix.rpartition(".")[2]) + 2
+
+
+def _finished_blocks(
+    writer: CheckpointWriter, family: ModelFamily, n_blocks: int, routing: ExpertRouting
+) -> dict[int, FinishedBlock]:
+    """The blocks that an earlier process finished, up to the first one that is missing; `routing` learns what
+    was seen of their experts.
+    """
+    finished: dict[int, FinishedBlock] = {}
+    for index in range(n_blocks):
+        prefix = f"{family.blocks}.{index}"
+        facts = writer.facts_of(_shard_of(prefix))
+        if facts is None:
+            break
+        reports = tuple(LinearReport(**entry) for entry in facts["linears"])
+        routing.starved |= facts[STARVED]
+
+        def read(prefix: str = prefix) -> dict[str, torch.Tensor]:
+            stored = writer.read_shard(_shard_of(prefix))
+            return {name.removeprefix(f"{prefix}."): tensor for name, tensor in stored.items()}
+
+        finished[index] = FinishedBlock(reports, read)
+    return finished
 
 
 def _cut_windows(tokenizer: PreTrainedTokenizerBase, calibration: CalibrationConfig) -> TokenWindows:
@@ -235,11 +304,11 @@ def _expert_routing(family: ModelFamily, calibration: CalibrationConfig) -> Expe
 
 
 def _calibration_key(
-    source: ModelSource, windows: TokenWindows, calibration: CalibrationConfig, scheme: QuantScheme
+    model_hash: str, windows: TokenWindows, calibration: CalibrationConfig, scheme: QuantScheme
 ) -> CalibrationKey:
     outliers = scheme.outliers
     return CalibrationKey(
-        source_hash(source),
+        model_hash,
         windows.data_hash,
         calibration.seed,
         outliers.metric,
@@ -267,19 +336,6 @@ def _check_statistics(
         )
 
 
-def _window_facts(windows: TokenWindows) -> dict[str, Any]:
-    return {
-        "data": windows.corpus,
-        "layout": windows.layout,
-        "text_sha256": windows.corpus_sha256,
-        "tokens_sha256": windows.data_hash,
-        "n_samples": windows.n_windows,
-        "seq_len": windows.seq_len,
-        "n_tokens": windows.n_tokens,
-        "seed": windows.seed,
-    }
-
-
 def _stored_tensors(module: nn.Module, prefix: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """State of `module`, with floating-point parameters in the storage dtype and codes as they are."""
     parameters = {name for name, _ in module.named_parameters()}
@@ -290,85 +346,14 @@ def _stored_tensors(module: nn.Module, prefix: str, dtype: torch.dtype) -> dict[
 
 
 def _tensors_outside_blocks(
-    model: PreTrainedModel, blocks: str, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """Embeddings, final norm and head; a tied head is stored once, as the embeddings."""
+    model: PreTrainedModel, blocks: str, weights: StoredWeights
+) -> dict[str, ShardTensor]:
+    """Embeddings, final norm and head, read when they are written; a tied head is stored once, as the
+    embeddings.
+    """
     tied = set(model.all_tied_weights_keys)
     return {
-        name: tensor.to(dtype)
+        name: ShardTensor(weights.dtype, tuple(tensor.shape), partial(weights.pieces, name))
         for name, tensor in model.state_dict().items()
         if not name.startswith(blocks) and name not in tied
     }
-
-
-def _manifest_facts(
-    source: ModelSource,
-    recipe: Recipe,
-    windows: TokenWindows | None,
-    report: QuantizationReport,
-    warnings: list[str],
-    device: torch.device,
-) -> dict[str, Any]:
-    """All that the bytes depend on, and what a careful reader should know. No clock, no path."""
-    asked = ("gptq", recipe.solver.damp_frac) if recipe.solver.method == "gptq" else ("rtn", None)
-    deviations = {
-        r.name: {"method": r.method, "damp_frac": r.damp_frac}
-        for r in report.linears
-        if (r.method, r.damp_frac) != asked
-    }
-    return {
-        "source": {"name": source.name, "kind": source.kind, "sha256": source_hash(source)},
-        "recipe": to_dict(recipe),
-        "calibration": None if windows is None else _window_facts(windows),
-        "deviations": deviations,
-        "starved_experts": report.starved_experts,
-        "warnings": warnings,
-        "device": device.type,
-        "versions": {
-            "atomq": atomq.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "safetensors": safetensors.__version__,
-        },
-    }
-
-
-def _token_warnings(
-    windows: TokenWindows | None, report: QuantizationReport, recipe: Recipe, asked: CalibrationConfig
-) -> list[str]:
-    """Less text than by default, or too little for the widest linear: worth a word even if all went well."""
-    warnings: list[str] = []
-    if windows is None:
-        return warnings
-    by_default = asked.n_samples is None and asked.data != "builtin"
-    if by_default and windows.n_windows < DEFAULT_SAMPLES:
-        warnings.append(
-            f"{windows.corpus} holds {windows.n_windows} windows of {windows.seq_len} tokens, "
-            f"fewer than the {DEFAULT_SAMPLES} that are taken by default"
-        )
-    if recipe.solver.method == "gptq" and report.widest_input > windows.n_tokens:
-        warnings.append(
-            f"{windows.n_tokens} calibration tokens are fewer than the {report.widest_input} inputs of the "
-            f"widest linear; give more text for a better result"
-        )
-    return warnings
-
-
-def _mean_error(report: QuantizationReport) -> float | None:
-    errors = [r.relative_error for r in report.linears if r.relative_error is not None]
-    return sum(errors) / len(errors) if errors else None
-
-
-def _host_facts(device: torch.device) -> dict[str, Any]:
-    """What the figures depend on besides the inputs; only for reports."""
-    host = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "peak_gpu_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-    }
-    return {"host": host}

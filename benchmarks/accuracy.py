@@ -102,7 +102,7 @@ def measure(
         started = time.perf_counter()
         result = pipeline.quantize(model, Path(folder) / "out", recipe, device, lambda *_: None, config)
         seconds = time.perf_counter() - started
-    simulation: Any = result.model
+        simulation: Any = atomq.load(result.path)
     started = time.perf_counter()
     evaluated = evaluate_perplexity(simulation.to(device), windows, baseline)
     return {

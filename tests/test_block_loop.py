@@ -341,8 +341,9 @@ def test_the_same_call_gives_the_same_bytes():
 def test_finished_blocks_are_handed_over_in_order_with_their_codes():
     told = []
 
-    def on_block(name, block):
+    def on_block(name, block, reports):
         told.append(name)
+        assert [r.name.startswith(f"{name}.") for r in reports] == [True] * 7
         linears = [m for m in block.modules() if isinstance(m, QuantizedLinear)]
         assert all("qweight" in linear.state_dict() for linear in linears)
 

@@ -174,7 +174,7 @@ def test_help_pages_fit_on_a_screen(run, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "100")
     code, out, _ = run(command, "--help")
     assert code == 0
-    assert len(out.splitlines()) <= 54
+    assert len(out.splitlines()) <= 60
     assert out.count(" --") <= 25
 
 
@@ -818,11 +818,21 @@ def full_disk(monkeypatch, name: str) -> None:
     monkeypatch.setattr(Disk, "create", refuse)
 
 
+def goes_on(run, made, argv: list[str], out: Path) -> None:
+    """The same command again ends with the bytes of an undisturbed run, and nothing beside them."""
+    assert run(*argv)[0] == 0
+    assert files_outside_reports(out) == files_outside_reports(made)
+    assert not list(out.parent.glob(".*"))
+
+
 @pytest.mark.parametrize(
     "name",
     [
+        "job.json",
         "model-00001-of-00003.safetensors",
+        "statistics.safetensors",
         "model-00002-of-00003.safetensors",
+        "shard-00003.json",
         "model.safetensors.index.json",
         "config.json",
         "tokenizer.json",
@@ -831,16 +841,29 @@ def full_disk(monkeypatch, name: str) -> None:
         "quantize.json",
     ],
 )
-def test_a_full_disk_leaves_nothing_behind(refused, tiny_dir, tmp_path, text_file, monkeypatch, name):
-    full_disk(monkeypatch, name)
-    argv = quantize_argv(tiny_dir, tmp_path / "new" / "deep" / "OUT", text_file)
-    sentence = refused("No space left on device", *argv, code=1)
-    assert name in sentence
+def test_after_a_full_disk_the_same_command_goes_on(run, made, tiny_dir, tmp_path, monkeypatch, name):
+    out = tmp_path / "new" / "deep" / "OUT"
+    argv = quantize_argv(tiny_dir, out, made.parent / "text.txt")
+    with monkeypatch.context() as patch:
+        full_disk(patch, name)
+        code, _, err = run(*argv)
+    sentence = err.strip().splitlines()[-1]
+    assert (code, out.exists()) == (1, False)
+    assert sentence.endswith(f"{name}: No space left on device")
+    begun = name not in ("job.json", "model-00001-of-00003.safetensors", "statistics.safetensors")
+    assert out.parent.exists() == begun
+    goes_on(run, made, argv, out)
 
 
-def test_a_full_disk_leaves_the_old_checkpoint_alone(refused, tiny_dir, out, text_file, monkeypatch):
-    full_disk(monkeypatch, "config.json")
-    refused("No space left on device", *quantize_argv(tiny_dir, out, text_file, "--overwrite"), code=1)
+def test_a_full_disk_leaves_the_old_checkpoint_alone(run, made, tiny_dir, out, monkeypatch):
+    (out / "old").touch()
+    before = everything_in(out)
+    argv = quantize_argv(tiny_dir, out, made.parent / "text.txt", "--overwrite")
+    with monkeypatch.context() as patch:
+        full_disk(patch, "config.json")
+        assert run(*argv)[0] == 1
+    assert everything_in(out) == before
+    goes_on(run, made, argv, out)
 
 
 def test_a_full_disk_leaves_no_half_statistics(refused, tiny_dir, tmp_path, text_file, monkeypatch):
@@ -871,18 +894,25 @@ def test_an_input_that_cannot_be_read_is_a_failure_of_the_machine(refused, tiny_
 
 
 @pytest.mark.parametrize("place", ["write_shard", "write_index", "write_manifest", "publish"])
-def test_ctrl_c_ends_cleanly_wherever_it_comes(
-    refused, tiny_dir, out, tmp_path, text_file, monkeypatch, place
-):
+def test_after_ctrl_c_the_same_command_goes_on(run, made, tiny_dir, tmp_path, monkeypatch, place):
     from atomq.formats.writer import CheckpointWriter
 
     def interrupt(*_args, **_options):
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(CheckpointWriter, place, interrupt)
-    words = "interrupted; nothing half-written was left behind"
-    refused(words, *quantize_argv(tiny_dir, tmp_path / "new" / "OUT", text_file), code=130)
-    refused(words, *quantize_argv(tiny_dir, out, text_file, "--overwrite"), code=130)
+    text = made.parent / "text.txt"
+    old = Path(shutil.copytree(made, tmp_path / "OLD"))
+    (old / "old").touch()
+    for out, more in ((tmp_path / "new" / "OUT", []), (old, ["--overwrite"])):
+        argv = quantize_argv(tiny_dir, out, text, *more)
+        before = everything_in(out)
+        with monkeypatch.context() as patch:
+            patch.setattr(CheckpointWriter, place, interrupt)
+            code, _, err = run(*argv)
+        assert code == 130
+        assert "error: interrupted; nothing half-written was left behind" in err
+        assert everything_in(out) == before
+        goes_on(run, made, argv, out)
 
 
 def test_ctrl_c_while_a_file_is_flushed_leaves_nothing(refused, tiny_dir, tmp_path, text_file, monkeypatch):
@@ -893,18 +923,42 @@ def test_ctrl_c_while_a_file_is_flushed_leaves_nothing(refused, tiny_dir, tmp_pa
     refused("interrupted", *quantize_argv(tiny_dir, tmp_path / "OUT", text_file), code=130)
 
 
-def test_ctrl_c_between_the_two_renames_brings_the_old_checkpoint_back(
-    refused, tiny_dir, out, text_file, monkeypatch
-):
+def test_ctrl_c_between_the_two_renames_brings_the_old_checkpoint_back(run, made, tiny_dir, out, monkeypatch):
     rename = Disk.rename
 
     def interrupted_rename(self, source, target):
-        if source.name.endswith(".partial"):
+        if source.name == "checkpoint":
             signal.raise_signal(signal.SIGINT)
         rename(self, source, target)
 
-    monkeypatch.setattr(Disk, "rename", interrupted_rename)
-    refused("interrupted", *quantize_argv(tiny_dir, out, text_file, "--overwrite"), code=130)
+    (out / "old").touch()
+    before = everything_in(out)
+    argv = quantize_argv(tiny_dir, out, made.parent / "text.txt", "--overwrite")
+    with monkeypatch.context() as patch:
+        patch.setattr(Disk, "rename", interrupted_rename)
+        assert run(*argv)[0] == 130
+    assert everything_in(out) == before
+    goes_on(run, made, argv, out)
+
+
+def test_other_inputs_are_refused_until_a_restart_is_asked_for(
+    run, refused, made, tiny_dir, tmp_path, monkeypatch
+):
+    out, text = tmp_path / "OUT", made.parent / "text.txt"
+    with monkeypatch.context() as patch:
+        full_disk(patch, "config.json")
+        assert run(*quantize_argv(tiny_dir, out, text, "--kv-bits", 8))[0] == 1
+    argv = quantize_argv(tiny_dir, out, text)
+    sentence = refused("an unfinished run for", *argv)
+    assert "recipe.scheme.kv.n_bits was 8 and is 4" in sentence
+    assert sentence.endswith("or --restart to throw it away")
+    goes_on(run, made, [*argv, "--restart"], out)
+
+
+def test_activations_may_be_kept_on_the_disk(run, refused, made, tiny_dir, tmp_path):
+    argv = quantize_argv(tiny_dir, tmp_path / "OUT", made.parent / "text.txt")
+    refused("--activations tape is not one of device, disk", *argv, "--activations", "tape")
+    goes_on(run, made, [*argv, "--activations", "disk"], tmp_path / "OUT")
 
 
 @pytest.mark.parametrize("command", ["eval-ppl", "generate", "inspect"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_checkpoints import quantize_tiny
+from tiny_checkpoints import quantize_tiny, simulate_tiny
 from tiny_models import FAMILY_MODELS, TINY_MODELS, make_tiny_model, save_tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -160,16 +160,16 @@ def test_statistics_equal_those_of_hooks_on_a_forward_of_the_whole_model(kind):
 def test_a_stored_model_is_the_simulation_and_generates(kind, tmp_path):
     """Pack, load, perplexity, generate: what comes off the disk computes exactly what was simulated."""
     source = save_tiny_model(tmp_path / "model", kind)
-    result = quantize_tiny(source, tmp_path / "OUT")
-    loaded = atomq.load(tmp_path / "OUT")
-    simulated, stored = result.model(TOKENS, labels=TOKENS), loaded(TOKENS, labels=TOKENS)
+    quantize_tiny(source, tmp_path / "OUT")
+    simulation, loaded = simulate_tiny(source, tmp_path), atomq.load(tmp_path / "OUT")
+    simulated, stored = simulation(TOKENS, labels=TOKENS), loaded(TOKENS, labels=TOKENS)
     assert torch.equal(simulated.logits, stored.logits)
     assert torch.equal(simulated.loss, stored.loss)
     assert stored.loss != AutoModelForCausalLM.from_pretrained(source)(TOKENS, labels=TOKENS).loss
     prompt = TOKENS[:1, :12]
     settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     texts = [
-        m.generate(prompt, attention_mask=torch.ones_like(prompt), **settings) for m in (result.model, loaded)
+        m.generate(prompt, attention_mask=torch.ones_like(prompt), **settings) for m in (simulation, loaded)
     ]
     assert torch.equal(texts[0], texts[1])
     assert texts[0].shape == (1, 18)

@@ -5,14 +5,23 @@ from __future__ import annotations
 import importlib
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import tiny_checkpoints
 import torch
 from safetensors.torch import load_file
-from tiny_checkpoints import SCHEMES, change_json, change_tensor, quantize_tiny, raw_bytes, stored_tensors
+from tiny_checkpoints import (
+    SCHEMES,
+    change_json,
+    change_tensor,
+    quantize_tiny,
+    raw_bytes,
+    simulate_tiny,
+    stored_tensors,
+)
 from tiny_models import TINY_MODELS, make_tiny_model, save_tiny_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import atomq
 import atomq.checkpoints
@@ -37,6 +46,17 @@ EXACT = (
 FOR_EVERY_FAMILY = ("atom", "progressive hadamard", "asymmetric", "kv after rope", "w16a4", "w8a8")
 
 
+class Made(NamedTuple):
+    """A checkpoint, read block by block and written block by block, and its simulation made in memory."""
+
+    path: Path
+    model: PreTrainedModel
+
+
+def made_of(source: Path, out: Path, scheme: str = "atom") -> Made:
+    return Made(quantize_tiny(source, out, scheme).path, simulate_tiny(source, out.parent, scheme))
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """Folders of float models by family, made once each."""
@@ -57,7 +77,8 @@ def checkpoint(source, tmp_path_factory):
 
     def get(kind: str = "llama", scheme: str = "atom"):
         if (kind, scheme) not in made:
-            made[kind, scheme] = quantize_tiny(source(kind), tmp_path_factory.mktemp("out") / "OUT", scheme)
+            folder = tmp_path_factory.mktemp("out")
+            made[kind, scheme] = made_of(source(kind), folder / "OUT", scheme)
         return made[kind, scheme]
 
     return get
@@ -84,7 +105,7 @@ def tiny_scale_checkpoint(tmp_path_factory):
     from tiny_models import byte_tokenizer
 
     byte_tokenizer().save_pretrained(folder / "model")
-    return quantize_tiny(folder / "model", folder / "OUT")
+    return made_of(folder / "model", folder / "OUT")
 
 
 def exact_names(folder: Path) -> dict[str, torch.Tensor]:
@@ -147,7 +168,7 @@ def test_with_8_bit_weights_a_reordered_model_is_nearly_the_original(source, tmp
 def test_a_model_stored_in_16_bits_gives_the_same_logits_too(tmp_path, dtype, scheme):
     folder = save_tiny_model(tmp_path / "model")
     make_tiny_model().to(dtype).save_pretrained(folder)
-    made = quantize_tiny(folder, tmp_path / "OUT", scheme)
+    made = made_of(folder, tmp_path / "OUT", scheme)
     dtypes = {t.dtype for name, t in stored_tensors(made.path).items() if name.endswith(".weight")}
     assert dtypes == {dtype}
     assert torch.equal(made.model(TOKENS).logits, atomq.load(made.path)(TOKENS).logits)

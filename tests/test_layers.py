@@ -58,7 +58,10 @@ LAW = {
     "block_quantizer": {"method", "models", "numerics"},
     "block_loop": {"block_quantizer", "method", "models", "numerics"},
     "report": {"formats", "numerics"},
-    "pipeline": {"block_loop", "block_quantizer", "models", "formats", "eval", "numerics", "report"},
+    "facts": {"block_loop", "eval", "models"},
+    "pipeline": {
+        *("facts", "block_loop", "block_quantizer", "models", "formats", "eval", "numerics", "report"),
+    },
     "checkpoints": {"models", "formats", "numerics"},
     "export": {"checkpoints", "models", "formats", "numerics"},
     "hf": {"checkpoints", "models", "formats", "numerics"},
@@ -75,19 +78,30 @@ ALWAYS, LAZILY, TYPES = "module", "function", "typing"
 # "function" inside functions only, "typing" for type checkers only. Elsewhere: never.
 LIBRARIES = {
     "torch": dict.fromkeys(
-        ("numerics", "kernels", "method", "models", "formats", "eval", "block_loop", "pipeline", "hf"),
+        (
+            "numerics",
+            "kernels",
+            "method",
+            "models",
+            "formats",
+            "eval",
+            "block_loop",
+            "pipeline",
+            "hf",
+            "facts",
+        ),
         ALWAYS,
     )
     | {"checkpoints": ALWAYS, "block_quantizer": ALWAYS, "export": ALWAYS}
     | {"report.facts": ALWAYS, "distributed": ALWAYS}
     | {"commands": LAZILY},
     "numpy": dict.fromkeys(("kernels", "models", "eval"), ALWAYS),
-    "transformers": dict.fromkeys(("models", "hf", "checkpoints", "pipeline", "block_loop"), ALWAYS)
+    "transformers": dict.fromkeys(("models", "hf", "checkpoints", "pipeline", "block_loop", "facts"), ALWAYS)
     | {"commands": LAZILY, "eval": TYPES},
     "huggingface_hub": {"models": ALWAYS},
     "tokenizers": {"models": ALWAYS},
     "gguf": {"models": ALWAYS},
-    "safetensors": {"formats": ALWAYS, "models.weights": ALWAYS, "pipeline": ALWAYS},
+    "safetensors": {"formats": ALWAYS, "models.weights": ALWAYS, "facts": ALWAYS},
     "typer": {"cli": ALWAYS, "commands": ALWAYS},
     "rich": {"cli": ALWAYS, "commands": ALWAYS},
     "matplotlib": {"formats.channel_plot": ALWAYS, "formats.gemm_plot": ALWAYS},

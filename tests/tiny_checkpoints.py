@@ -11,12 +11,18 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from atomq import pipeline
+from atomq.block_loop import quantize_blocks
 from atomq.config import CalibrationConfig, Recipe, override
+from atomq.eval.windows import calibration_windows
 from atomq.formats.files import write_json
 from atomq.formats.writer import CheckpointWriter
+from atomq.models.loading import load_float_model, load_tokenizer
+from atomq.models.source import resolve_source
 from atomq.presets import find_preset
+from atomq.progress import silently
 
 # Odd numbers on purpose: 43 and 75 normal channels give a short last group and a half-used last byte.
 SIZES = {"outliers.n_outliers": 5, "weights.group_size": 16, "activations.group_size": 16}
@@ -81,11 +87,30 @@ def calibration_text(folder: Path) -> Path:
 
 
 def quantize_tiny(
-    model: Path, out: Path, scheme: str = "atom", n_samples: int = 4, **options: Any
+    model: Path,
+    out: Path,
+    scheme: str = "atom",
+    n_samples: int = 4,
+    settings: dict[str, Any] | None = None,
+    **options: Any,
 ) -> pipeline.QuantizeResult:
     """Quantize a tiny model on four windows of 32 tokens."""
     calibration = CalibrationConfig(str(calibration_text(out.parent)), n_samples, seq_len=32)
-    return pipeline.quantize(str(model), out, recipe_of(scheme), "cpu", calibration=calibration, **options)
+    recipe = override(recipe_of(scheme), settings or {})
+    return pipeline.quantize(str(model), out, recipe, "cpu", calibration=calibration, **options)
+
+
+def simulate_tiny(model: Path, folder: Path, scheme: str = "atom", n_samples: int = 4) -> PreTrainedModel:
+    """The simulation of the checkpoint that `quantize_tiny` writes into `folder`, made in memory."""
+    recipe = recipe_of(scheme)
+    source = resolve_source(str(model))
+    simulation = load_float_model(source)
+    windows = calibration_windows(
+        load_tokenizer(source), str(calibration_text(folder)), n_samples, seq_len=32, seed=0
+    )
+    tokens = windows.token_ids if recipe.needs_calibration else None
+    quantize_blocks(simulation, recipe, torch.device("cpu"), silently, tokens)
+    return simulation
 
 
 def shards(folder: Path) -> list[Path]:
@@ -125,7 +150,7 @@ def change_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     content = json.loads(path.read_text(encoding="utf-8"))
     change(content)
     path.write_text(json.dumps(content), encoding="utf-8")
-    if path.name != "manifest.json":
+    if path.name != "manifest.json" and (path.parent / "manifest.json").is_file():
         rehash(path.parent)
 
 
@@ -162,7 +187,7 @@ TENSORS = (
 def write_small(out: Path, overwrite: bool = False) -> None:
     """Write that folder as a run would."""
     with CheckpointWriter(out, overwrite=overwrite) as writer:
-        writer.n_shards = 2
+        writer.begin({"job": "small"}, n_shards=2)
         for number, tensors in enumerate(TENSORS, start=1):
             writer.write_shard(number, tensors)
         writer.write_index()

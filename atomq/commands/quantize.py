@@ -70,6 +70,17 @@ def command(
             help="Prove the checkpoint when it is written, as atomq verify does: auto, kernels, exact or off."
         ),
     ] = "auto",
+    restart: Annotated[
+        bool,
+        typer.Option("--restart", help="Throw an unfinished run away instead of going on with it."),
+    ] = False,
+    activations: Annotated[
+        str,
+        typer.Option(
+            help="Where those of the calibration text are kept: device or disk (in OUT's folder).",
+            rich_help_panel="Calibration",
+        ),
+    ] = "device",
     device: DeviceOption = "auto",
     json_output: JsonOption = False,
 ) -> None:
@@ -106,9 +117,10 @@ def command(
             config,
             calibration,
             overwrite,
+            restart,
+            activations,
         )
     path, summary = result.path, result.summary
-    del result  # its model, before the checkpoint's is loaded
     console.warn(summary["warnings"])
     proof = None if arithmetic is None else checking.prove_and_report(path, place, arithmetic)
     if format_name is not None and exported is not None and not (proof and proof.failed):

@@ -53,11 +53,12 @@ def write_calibration(
     orders: Mapping[str, torch.Tensor],
     facts: Mapping[str, Any],
 ) -> None:
-    """Write the artefact; equal inputs give equal bytes."""
+    """Write the artefact; equal inputs give equal bytes. `orders`, for people, may be left out."""
     tensors: dict[str, torch.Tensor] = {}
     for name, s in statistics.items():
         tensors[f"{name}.hessian"], tensors[f"{name}.abs_mean"] = s.hessian, s.abs_mean
-        tensors[f"{name}.perm"] = orders[name]
+        if name in orders:
+            tensors[f"{name}.perm"] = orders[name]
     content = {"version": _VERSION, "key": asdict(key), "facts": dict(facts)}
     write_file(path, save(tensors, metadata={_METADATA: json.dumps(content, sort_keys=True)}))
 
@@ -99,6 +100,19 @@ def read_calibration(path: Path, key: CalibrationKey) -> dict[str, ChannelStatis
                 )
             statistics[name] = ChannelStatistics(*pair)
     return statistics
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """The facts that were written beside the statistics.
+
+    Raises:
+        CheckpointError: not such an artefact, or damaged.
+    """
+    with open_shard(path) as file:
+        facts = _parse(path, (file.metadata() or {}).get(_METADATA)).get("facts")
+    if not isinstance(facts, dict):
+        raise CheckpointError(f"{path.name} is not a calibration artefact of this version of atomq")
+    return facts
 
 
 def _parse(path: Path, text: str | None) -> dict[str, Any]:

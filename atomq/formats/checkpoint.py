@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from atomq.errors import CheckpointError
 from atomq.formats.files import file_sha256
-from atomq.formats.schema import FORMAT_VERSION, QUANT_METHOD
+from atomq.formats.schema import DTYPE_NAMES, DTYPES, FORMAT_VERSION, QUANT_METHOD
 from atomq.numerics.linear import TensorSpec
 
 MANIFEST = "manifest.json"
@@ -27,17 +27,6 @@ REPORTS = "reports"
 MAX_JSON_BYTES = 1 << 26  # far more than any checkpoint's; nothing longer is read
 LOADED_ENDINGS = (".safetensors", ".json", ".jinja")  # files that change what a loader makes
 
-_DTYPES = {
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I32": torch.int32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3": torch.float8_e4m3fn,
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MANIFEST_FACTS: dict[str, tuple[type, ...]] = {
     "source": (dict,),
     "recipe": (dict,),
@@ -148,7 +137,7 @@ def tensor_headers(folder: Path) -> dict[str, TensorSpec]:
         with open_shard(folder / shard) as file:
             for name in file.keys():  # noqa: SIM118 -- not a dict
                 piece = file.get_slice(name)
-                dtype = _DTYPES.get(piece.get_dtype())
+                dtype = DTYPES.get(piece.get_dtype())
                 if dtype is None:
                     raise CheckpointError(
                         f"{name} in {shard} has dtype {piece.get_dtype()}, which is not used here"
@@ -176,9 +165,9 @@ def check_tensors(headers: Mapping[str, TensorSpec], expected: Mapping[str, Tens
     for name, spec in expected.items():
         found = headers[name]
         if found.shape != spec.shape or found.dtypes[0] not in spec.dtypes:
-            allowed = " or ".join(_NAMES[dtype] for dtype in spec.dtypes)
+            allowed = " or ".join(DTYPE_NAMES[dtype] for dtype in spec.dtypes)
             raise CheckpointError(
-                f"{name} is {_NAMES[found.dtypes[0]]} {list(found.shape)}; "
+                f"{name} is {DTYPE_NAMES[found.dtypes[0]]} {list(found.shape)}; "
                 f"it must be {allowed} {list(spec.shape)}"
             )
 

@@ -17,6 +17,17 @@ from atomq.numerics.scales import MAX_FACTOR
 QUANT_METHOD = "atomq"
 FORMAT_VERSION = 1
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = {
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def quantization_config(family: ModelFamily, scheme: QuantScheme) -> dict[str, Any]:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import mmap
+import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from atomq.errors import StorageError
 from atomq.models.families import LinearGroup, LinearShape, ModelFamily
 
 TOKENS_PER_BATCH = 8192
@@ -19,10 +24,14 @@ TOKENS_PER_BATCH = 8192
 
 @dataclass
 class BlockInputs:
-    """What the next block reads: `hidden` [n_windows, seq_len, hidden], and each block's other arguments."""
+    """What the next block reads: `hidden` [n_windows, seq_len, hidden], and each block's other arguments.
+
+    `hidden` may lie on `device`, where the blocks are, or elsewhere; batches of it visit the device.
+    """
 
     hidden: torch.Tensor
     arguments: dict[nn.Module, dict[str, Any]]
+    device: torch.device
 
     def run(self, block: nn.Module, on_batch: Callable[[int], None] | None = None) -> None:
         """Pass all windows through `block`; its outputs take the place of `hidden`.
@@ -31,7 +40,7 @@ class BlockInputs:
         """
         with torch.inference_mode():
             for batch in self._batches():
-                output = block(batch, **self.arguments[block])
+                output = block(batch.to(self.device), **self.arguments[block])
                 batch.copy_(output[0] if isinstance(output, tuple) else output)
                 if on_batch is not None:
                     on_batch(batch.shape[0])
@@ -41,7 +50,7 @@ class BlockInputs:
         with torch.inference_mode():
             for batch in self._batches():
                 with contextlib.suppress(InputSeen):
-                    block(batch, **self.arguments[block])
+                    block(batch.to(self.device), **self.arguments[block])
 
     def _batches(self) -> tuple[torch.Tensor, ...]:
         """Views of `hidden` of at most TOKENS_PER_BATCH tokens, at least one window each."""
@@ -108,9 +117,15 @@ class _BlocksPassed(Exception):
 
 
 def capture_block_inputs(
-    model: PreTrainedModel, family: ModelFamily, token_ids: torch.Tensor, device: torch.device
+    model: PreTrainedModel,
+    family: ModelFamily,
+    token_ids: torch.Tensor,
+    device: torch.device,
+    scratch: Path | None = None,
 ) -> BlockInputs:
     """Inputs of the first block for windows `token_ids` int64 [n_windows, seq_len], on `device`.
+
+    With `scratch` they lie in a file in that folder instead, which has no name and ends with the process.
 
     The arguments beside the hidden states (positions, mask) are each block's own for a single window; they
     hold for a batch of any size, since windows are equally long and unpadded.
@@ -124,23 +139,45 @@ def capture_block_inputs(
             raise _BlocksPassed(hidden_states)
         return hidden_states
 
-    hidden = []
+    hidden: torch.Tensor | None = None
+    home = model.get_parameter(f"{family.embeddings}.weight").device
     try:
         for block in blocks:
             block.forward = functools.partial(pass_through, block)
         with torch.inference_mode():
-            for window in token_ids:
+            for number, window in enumerate(token_ids):
                 try:
-                    model(window.unsqueeze(0).to(model.device), use_cache=False)
+                    model(window.unsqueeze(0).to(home), use_cache=False)
                 except _BlocksPassed as passed:
-                    hidden.append(passed.hidden.to(device))
+                    if hidden is None:
+                        shape = (len(token_ids), *passed.hidden.shape[1:])
+                        hidden = _room(shape, passed.hidden.dtype, device, scratch)
+                    hidden[number].copy_(passed.hidden[0])
     finally:
         for block in blocks:
             block.__dict__.pop("forward", None)  # the class's own shows again
+    assert hidden is not None
     moved: dict[int, Any] = {}
-    return BlockInputs(
-        torch.cat(hidden), {block: _to_device(rest, device, moved) for block, rest in arguments.items()}
-    )
+    moved_arguments = {block: _to_device(rest, device, moved) for block, rest in arguments.items()}
+    return BlockInputs(hidden, moved_arguments, device)
+
+
+def _room(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, scratch: Path | None
+) -> torch.Tensor:
+    """Uninitialized room for activations: on `device`, or in a nameless file in `scratch`."""
+    if scratch is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    n_bytes = torch.Size(shape).numel() * dtype.itemsize
+    try:
+        with tempfile.TemporaryFile(dir=scratch) as file:
+            os.posix_fallocate(file.fileno(), 0, n_bytes)  # or a full disk would end the process by a signal
+            mapped = mmap.mmap(file.fileno(), n_bytes)
+    except OSError as error:
+        raise StorageError(
+            f"no room for {n_bytes} bytes of activations in {scratch}: {error.strerror or error}"
+        ) from error
+    return torch.frombuffer(mapped, dtype=dtype).view(shape)
 
 
 def _to_device(value: Any, device: torch.device, moved: dict[int, Any]) -> Any:

@@ -10,7 +10,6 @@ is calibrated on all tokens instead, whether they are routed to it or not, and i
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -90,25 +89,6 @@ def unfuse_experts(model: PreTrainedModel, family: ModelFamily) -> None:
             fused = getattr(block.get_submodule(parent), name, None)  # a dense block has none
             if fused is not None:
                 block.set_submodule(path, Experts(fused))
-
-
-def fuse_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`weights` of an unfused model by the names and shapes of transformers; takes them out as it goes."""
-    fused: dict[str, torch.Tensor] = {}
-    for name in list(weights):
-        found = re.fullmatch(r"(.+\.experts)\.0\.gate_proj\.weight", name)
-        if found is None:
-            continue
-        prefix, count = found[1], 0
-        gate_up, down = [], []
-        while f"{prefix}.{count}.gate_proj.weight" in weights:
-            parts = [weights.pop(f"{prefix}.{count}.{kind}_proj.weight") for kind in ("gate", "up")]
-            gate_up.append(torch.cat(parts))
-            down.append(weights.pop(f"{prefix}.{count}.down_proj.weight"))
-            count += 1
-        fused[f"{prefix}.gate_up_proj"] = torch.stack(gate_up)
-        fused[f"{prefix}.down_proj"] = torch.stack(down)
-    return weights | fused
 
 
 class ExpertRouting:

@@ -183,16 +183,31 @@ def read_tensor(file: GgufFile, name: str) -> torch.Tensor:
     Raises:
         UnsupportedModelError: the tensor is of a type that the gguf package cannot dequantize.
     """
+    return read_rows(file, name, 0, file.tensors[name].shape[0])
+
+
+def read_rows(file: GgufFile, name: str, begin: int, end: int) -> torch.Tensor:
+    """The same for the rows `begin` up to `end` of the tensor's slowest dimension; no other row is read."""
     tensor = file.tensors[name]
+    if len(tensor.shape) == 1:  # a block of a quantized type holds many of these rows
+        return _dequantize(file, name, (tensor.begin, tensor.end), tensor.shape)[begin:end]
+    row_bytes = (tensor.end - tensor.begin) // tensor.shape[0]
+    place = (tensor.begin + begin * row_bytes, tensor.begin + end * row_bytes)
+    return _dequantize(file, name, place, (end - begin, *tensor.shape[1:]))
+
+
+def _dequantize(file: GgufFile, name: str, place: tuple[int, int], shape: tuple[int, ...]) -> torch.Tensor:
+    """Bytes `place` of the file as a part of tensor `name` of this `shape`."""
+    kind = file.tensors[name].type
     with file.path.open("rb") as stream:
-        stream.seek(tensor.begin)
-        data = np.frombuffer(stream.read(tensor.end - tensor.begin), dtype=np.uint8)
+        stream.seek(place[0])
+        data = np.frombuffer(stream.read(place[1] - place[0]), dtype=np.uint8)
     try:
-        values = gguf.dequantize(data.reshape(*tensor.shape[:-1], -1), tensor.type)
+        values = gguf.dequantize(data.reshape(*shape[:-1], -1), kind)
     except NotImplementedError:
         raise UnsupportedModelError(
-            f"{file.path.name} stores {name} as {tensor.type.name}, which gguf cannot dequantize; "
+            f"{file.path.name} stores {name} as {kind.name}, which gguf cannot dequantize; "
             f"take a file of another type, such as F16, BF16 or Q8_0"
         ) from None
     # A copy, since the data of an F32 tensor would be read-only.
-    return torch.from_numpy(np.array(values, dtype=np.float32)).reshape(tensor.shape)
+    return torch.from_numpy(np.array(values, dtype=np.float32)).reshape(shape)

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from atomq.errors import UnsupportedModelError
-from atomq.models.gguf import GgufFile, read_tensor
+from atomq.models.gguf import GgufFile, read_rows, read_tensor
 from atomq.models.weights import StoredTensor
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")  # a Mistral file says "llama"
@@ -110,13 +110,13 @@ def gguf_tensors(file: GgufFile, config: PreTrainedConfig) -> dict[str, StoredTe
     return stored
 
 
-def _read(file: GgufFile, name: str, n_heads: int | None) -> torch.Tensor:
-    """Read a tensor; if `n_heads` is given, put the rows of each head into transformers' order."""
-    tensor = read_tensor(file, name)
+def _read(file: GgufFile, name: str, n_heads: int | None, begin: int, end: int) -> torch.Tensor:
+    """Read rows of a tensor; if `n_heads` is given, those of the tensor in transformers' order of heads."""
     if n_heads is None:
-        return tensor
+        return read_rows(file, name, begin, end)
+    tensor = read_tensor(file, name)
     pairs = tensor.reshape(n_heads, -1, 2, *tensor.shape[1:])  # (heads, head_dim / 2, 2, ...)
-    return pairs.transpose(1, 2).reshape(tensor.shape)
+    return pairs.transpose(1, 2).reshape(tensor.shape)[begin:end]
 
 
 def _rope_parameters(file: GgufFile, head_dim: int) -> dict[str, Any]:

@@ -24,17 +24,17 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.utils import logging as transformers_logging
 
 from atomq.config import KVScheme
 from atomq.errors import ConfigError, StorageError, UnsupportedModelError
 from atomq.models.attention import attention_for
-from atomq.models.experts import fuse_weights, unfuse_experts
+from atomq.models.experts import unfuse_experts
 from atomq.models.families import STORED_NAMES, find_family
 from atomq.models.gguf import read_gguf
 from atomq.models.gguf_model import gguf_config, gguf_tensors
 from atomq.models.gguf_tokenizer import gguf_tokenizer
 from atomq.models.source import ModelSource, read_config, weight_files
+from atomq.models.streaming import StoredWeights, make_buffers
 from atomq.models.weights import StoredTensor, read_safetensors_header
 
 STORAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -68,20 +68,31 @@ _CONFIG_ERRORS = (
 def load_float_model(source: ModelSource, storage_dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Load the model on the CPU, in eval mode, with float32 parameters that need no gradient.
 
-    The weights are first rounded (to nearest, ties to even) to the dtype in which what is not quantized
-    will be stored, so that calibration sees exactly the weights that the checkpoint holds.
+    For arguments, the model's config and errors see `open_float_model`.
+    """
+    model, weights = open_float_model(source, storage_dtype)
+    weights.fill(model, "")
+    model.tie_weights()
+    model.requires_grad_(False)
+    return model
+
+
+def open_float_model(
+    source: ModelSource, storage_dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, StoredWeights]:
+    """The skeleton of the model, in eval mode, and its weights, of which none is read yet.
 
     Args:
         storage_dtype: float16, bfloat16 or float32; None takes the dtype of the source's embeddings, and
             float16 for GGUF.
 
     Returns:
-        A model whose `config.dtype` is the storage dtype and whose config names no path and no
-        quantization.
+        A model whose parameters are on the meta device, whose buffers are on the CPU, whose `config.dtype` is
+        the storage dtype and whose config names no path and no quantization.
 
     Raises:
-        UnsupportedModelError: the family is not known, or a tensor is missing, unknown, misshapen, not
-            finite or too large for the storage dtype; the message names it.
+        UnsupportedModelError: the family is not known, or a tensor is missing, unknown or misshapen; when
+            weights are read, one that is not finite or too large for the storage dtype; the message names it.
         ConfigError: the storage dtype is none of the three.
     """
     config = load_config(source)
@@ -92,8 +103,8 @@ def load_float_model(source: ModelSource, storage_dtype: torch.dtype | None = No
             f"{source.name} should have {config.num_hidden_layers} blocks (num_hidden_layers), "
             f"but has only {len(stored)} tensors"
         )
-    empty = empty_model(config, source)
-    expected = {name: tuple(parameter.shape) for name, parameter in empty.named_parameters()}
+    model = empty_model(config, source)
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     tied_head = stored.pop(f"{family.lm_head}.weight", None) if config.tie_word_embeddings else None
     _check_names_and_shapes(stored, expected, source)
     embeddings = stored[f"{family.embeddings}.weight"]
@@ -105,15 +116,14 @@ def load_float_model(source: ModelSource, storage_dtype: torch.dtype | None = No
             f"{source.name}: {family.lm_head}.weight differs from the embeddings, but config.json ties them "
             f"(tie_word_embeddings); correct config.json"
         )
-    weights = {name: _rounded(name, stored[name].read(), storage_dtype, source) for name in expected}
-    model = _filled_model(type(empty), config, weights)
+    make_buffers(model)
     model.config.dtype = storage_dtype
     model.config.architectures = [type(model).__name__]
     model.config._name_or_path = source.name  # or a later save would publish the local path
     model.generation_config = _generation_config(source, config)
     model.requires_grad_(False)
     model.eval()  # type: ignore[no-untyped-call]
-    return model
+    return model, StoredWeights(source.name, stored, storage_dtype)
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
@@ -248,41 +258,6 @@ def _check_names_and_shapes(
                 f"{source.name}: {name} has shape {list(stored[name].shape)}, "
                 f"but its config asks for {list(shape)}"
             )
-
-
-def _rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype, source: ModelSource) -> torch.Tensor:
-    """`tensor` rounded to `dtype`, as float32."""
-    if not tensor.isfinite().all():
-        raise UnsupportedModelError(f"{source.name}: {name} holds NaN or Inf; the file is broken")
-    rounded = tensor.to(dtype).float()
-    if not rounded.isfinite().all():
-        raise UnsupportedModelError(
-            f"{source.name}: {name} reaches {tensor.abs().max().item():.3g}, beyond the range of {dtype}, "
-            f"in which it would be stored; give the model as safetensors in bfloat16 or float32"
-        )
-    return rounded
-
-
-def _filled_model(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig, weights: dict[str, torch.Tensor]
-) -> PreTrainedModel:
-    """The model with `weights` as its parameters; their memory becomes the model's."""
-    shows_progress = transformers_logging.is_progress_bar_enabled()
-    # Else a bar would count tensors that are in memory already.
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        model = model_class.from_pretrained(
-            None,
-            config=config,
-            state_dict=fuse_weights(weights),
-            dtype=torch.float32,
-            attn_implementation=attention_for(KVScheme(), config),
-        )
-    finally:
-        if shows_progress:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-    unfuse_experts(model, find_family(config.model_type))
-    return model
 
 
 def _generation_config(source: ModelSource, config: PreTrainedConfig) -> GenerationConfig:

@@ -7,7 +7,7 @@ alike.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from atomq.config import FLOAT_BITS, KVScheme, QuantScheme
 from atomq.models.blocks import block_groups
 from atomq.models.families import ModelFamily
 from atomq.numerics.kv import fake_quantize_heads
-from atomq.numerics.linear import InputOrder, QuantizedLinear
+from atomq.numerics.linear import InputOrder, QuantizedLinear, TensorSpec
 
 
 def install_linears(block: nn.Module, family: ModelFamily, scheme: QuantScheme) -> dict[str, QuantizedLinear]:
@@ -43,6 +43,46 @@ def install_linears(block: nn.Module, family: ModelFamily, scheme: QuantScheme) 
             )
             block.set_submodule(name, installed[name])
     return installed
+
+
+def install_stored(
+    block: nn.Module,
+    family: ModelFamily,
+    scheme: QuantScheme,
+    head_dim: int,
+    stored: Mapping[str, TensorSpec],
+) -> dict[str, QuantizedLinear]:
+    """Make `block` what a checkpoint holds, without values: quantized linears with empty buffers on the meta
+    device, and the KV quantizer. Answer the linears by name.
+
+    Args:
+        stored: what the checkpoint has for the block, by names relative to it.
+    """
+    linears = install_linears(block, family, scheme)
+    for name, linear in linears.items():
+        suffixes = (*linear.code_names, "perm", "weight")
+        linear.allocate({s: stored[f"{name}.{s}"] for s in suffixes if f"{name}.{s}" in stored})
+    install_kv_quantizer(block, family, scheme.kv, head_dim)
+    return linears
+
+
+def restore_block(
+    block: nn.Module,
+    family: ModelFamily,
+    scheme: QuantScheme,
+    head_dim: int,
+    tensors: Mapping[str, torch.Tensor],
+) -> None:
+    """Make `block` compute what it did when `tensors` (names relative to it) were stored.
+
+    What is stored in floating point beside codes and scales is widened to float32, as it was computed with.
+    """
+    stored = {name: TensorSpec((t.dtype,), tuple(t.shape)) for name, t in tensors.items()}
+    install_stored(block, family, scheme, head_dim, stored)
+    parameters = {name for name, _ in block.named_parameters()}
+    values = {name: t.float() if name in parameters else t for name, t in tensors.items()}
+    block.load_state_dict(values, assign=True)
+    block.requires_grad_(False)
 
 
 class KVQuantizer:

@@ -26,12 +26,17 @@ class StoredTensor:
         shape: as torch has it, slowest dimension first.
         dtype: the dtype that the file stores and `read` returns; None for GGUF, which stores blocks as
             well and is read as float32.
-        read: reads the tensor into memory of its own, on the CPU.
+        read_rows: reads the rows from one number up to another (not included), on the CPU; the result may
+            be a view of the file and is not to be changed.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
-    read: Callable[[], torch.Tensor]
+    read_rows: Callable[[int, int], torch.Tensor]
+
+    def read(self) -> torch.Tensor:
+        """All of it; likewise not to be changed."""
+        return self.read_rows(0, self.shape[0])
 
 
 def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
@@ -63,12 +68,12 @@ def _stored(path: Path, name: str, type_name: str, shape: tuple[int, ...]) -> St
     if min(shape, default=1) < 1:
         raise UnsupportedModelError(f"{path.name} has a corrupt header: {name} has shape {list(shape)}")
 
-    def read() -> torch.Tensor:
+    def read_rows(begin: int, end: int) -> torch.Tensor:
         try:
             with safe_open(path, framework="pt") as file:
-                tensor: torch.Tensor = file.get_tensor(name)
+                tensor: torch.Tensor = file.get_slice(name)[begin:end]
         except (SafetensorError, OSError) as error:
             raise UnsupportedModelError(f"{path.name}: {name} cannot be read ({error})") from error
         return tensor
 
-    return StoredTensor(shape, dtype, read)
+    return StoredTensor(shape, dtype, read_rows)

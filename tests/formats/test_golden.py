@@ -121,6 +121,7 @@ def write_example(out: Path) -> None:
     attention.k_proj.set_codes(weight_of(K_CODES, K_SCALES, K_OUTLIERS, K_OUTLIER_SCALES))
     state = {f"model.layers.0.self_attn.{name}": t for name, t in attention.state_dict().items()}
     with CheckpointWriter(out, overwrite=False) as writer:
+        writer.begin({}, n_shards=1)
         writer.write_shard(1, state)
         writer.write_index()
         config = {"model_type": "llama", "quantization_config": quantization_config(FAMILY, SCHEME)}
