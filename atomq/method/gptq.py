@@ -53,20 +53,20 @@ def factorize_hessian(hessian: torch.Tensor, damp_frac: float) -> DampedFactor:
         AtomqError: no damping up to MAX_DAMP_FRAC (or `damp_frac`, if larger) helps, so the Hessian is not
             finite.
     """
-    exact = hessian.to(torch.float64, copy=True)
-    diagonal = exact.diagonal()
-    dead = diagonal == 0
-    diagonal[dead] = 1.0
-    mean = diagonal.mean()
+    dead = hessian.diagonal() == 0
     limit = max(damp_frac, MAX_DAMP_FRAC)  # a larger damping that was asked for is tried as it is
     while damp_frac <= limit:
-        damped = exact.clone()
-        damped.diagonal().add_(damp_frac * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        # A float64 matrix of the widest linears takes gigabytes: each is let go of as soon as it is used.
+        matrix = hessian.to(torch.float64, copy=True)
+        diagonal = matrix.diagonal()
+        diagonal[dead] = 1.0
+        diagonal += damp_frac * diagonal.mean()
+        matrix, failed = torch.linalg.cholesky_ex(matrix)
         if not int(failed):
-            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not int(failed) and bool(torch.isfinite(factor).all()):
-                return DampedFactor(factor.to(hessian.dtype), dead, damp_frac)
+            matrix = torch.cholesky_inverse(matrix)
+            matrix, failed = torch.linalg.cholesky_ex(matrix, upper=True)
+            if not int(failed) and bool(torch.isfinite(matrix).all()):
+                return DampedFactor(matrix.to(hessian.dtype), dead, damp_frac)
         damp_frac *= 10
     raise AtomqError(
         f"the Hessian has no Cholesky factor even with damp_frac {damp_frac / 10:g}; "
