@@ -27,7 +27,7 @@ from atomq.formats.schema import (
     parse_quantization_config,
 )
 from atomq.models.blocks import block_groups, blocks_of, linear_shapes
-from atomq.models.families import ModelFamily
+from atomq.models.families import LinearShape, ModelFamily
 from atomq.models.loading import empty_model, load_config, load_tokenizer
 from atomq.models.quantized import head_dim_of
 from atomq.models.source import ModelSource
@@ -80,6 +80,22 @@ def describe(folder: Path, *, check_hashes: bool) -> dict[str, Any]:
         "n_files": len(manifest["files"]),
         "hashes_checked": check_hashes,
         "block": {name.removeprefix(first): entry for name, entry in sizes.items() if name.startswith(first)},
+        "linears": {
+            name.removeprefix(first): _linear_entry(name, shape, sizes)
+            for name, shape in shapes.items()
+            if name.startswith(first)
+        },
+        "outside": {name: entry for name, entry in sizes.items() if not name.startswith(f"{family.blocks}.")},
+    }
+
+
+def _linear_entry(name: str, shape: LinearShape, sizes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What one linear takes, all its tensors together."""
+    n_bytes = sum(entry["bytes"] for tensor, entry in sizes.items() if tensor.startswith(f"{name}."))
+    return {
+        "shape": [shape.n_out, shape.n_in],
+        "bytes": n_bytes,
+        "bits_per_weight": 8 * n_bytes / (shape.n_out * shape.n_in),
     }
 
 

@@ -17,6 +17,7 @@ from atomq.commands import (
     bench_gemm,
     calibrate,
     compare,
+    doctor,
     eval_ppl,
     export,
     generate,
@@ -74,6 +75,7 @@ _register("inspect", inspect.command, inspect.HELP)
 _register("export", export.command, export.HELP)
 _register("report", report.command, report.HELP)
 _register("compare", compare.command, compare.HELP)
+_register("doctor", doctor.command, doctor.HELP)
 _register("bench-gemm", bench_gemm.command, bench_gemm.HELP)
 _register("verify", verify.command, verify.HELP)
 

@@ -13,6 +13,7 @@ from atomq.config import (
     Recipe,
     SolverConfig,
     WeightScheme,
+    from_dict,
     to_dict,
 )
 from atomq.errors import ConfigError
@@ -90,6 +91,14 @@ def recipe_name(recipe: Recipe) -> str:
     changes = {name: changed_settings(preset, recipe) for name, preset in PRESETS.items()}
     nearest = min(changes, key=lambda name: len(changes[name]))
     return ", ".join((nearest, *(f"{setting}={value}" for setting, value in changes[nearest].items())))
+
+
+def stored_recipe_name(values: Any) -> str:
+    """`recipe_name` of a recipe as a manifest holds it, which may be of another version of atomq."""
+    try:
+        return recipe_name(from_dict(Recipe, values))
+    except ConfigError:
+        return "with settings that this version of atomq does not know"
 
 
 def changed_settings(before: Recipe, after: Recipe) -> dict[str, Any]:

@@ -38,6 +38,7 @@ COMMANDS = (
     "export",
     "report",
     "compare",
+    "doctor",
 )
 KERNEL_COMMANDS = {"verify", "bench-gemm"}
 TINY = ["--n-outliers", "5", "--group-size", "16"]
@@ -337,7 +338,22 @@ def test_inspect_prints_one_json_document_or_tables(run, made):
     code, out, _ = run("inspect", made)
     assert code == 0
     assert "W4A4KV4" in out
-    assert "self_attn.q_proj.qweight" in out
+    assert re.search(r"── q_proj  48 x 48, \d\.\d{3} bits, [\d.]+ kB\n", out)
+    assert "2 blocks; the first" in out
+    assert "recipe" in out
+    assert "self_attn.q_proj.qweight" not in out
+    assert "self_attn.q_proj.qweight" in run("inspect", made, "--tensors")[1]
+
+
+def test_inspect_says_what_a_linear_takes(run, made):
+    facts = only_document(run("inspect", made, "--json")[1])
+    own = [t for name, t in facts["block"].items() if name.startswith("mlp.down_proj.")]
+    n_bytes = sum(t["bytes"] for t in own)
+    entry = {"shape": [48, 80], "bytes": n_bytes, "bits_per_weight": 8 * n_bytes / (48 * 80)}
+    assert facts["linears"]["mlp.down_proj"] == entry
+    assert set(facts["outside"]) == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    blocks = facts["n_blocks"] * sum(t["bytes"] for t in facts["block"].values())
+    assert facts["size_bytes"] == blocks + sum(t["bytes"] for t in facts["outside"].values())
 
 
 def test_names_that_look_like_markup_are_shown_as_they_are(run, tiny_dir, tmp_path, monkeypatch):

@@ -42,6 +42,7 @@ BELOW_COMMANDS = {
     "hf",
     "progress",
     "report",
+    "environment",
 }
 # Part -> what it may import besides its own modules and EVERYWHERE. A dotted name allows that module only.
 LAW = {
@@ -51,6 +52,7 @@ LAW = {
     "presets": set(),
     "numerics": set(),
     "kernels": {"numerics"},
+    "environment": {"kernels"},
     "method": {"numerics", "kernels"},
     "models": {"numerics"},
     "formats": {"numerics", "models.families"},
@@ -94,6 +96,7 @@ LIBRARIES = {
     )
     | {"checkpoints": ALWAYS, "block_quantizer": ALWAYS, "export": ALWAYS}
     | {"report.facts": ALWAYS, "distributed": ALWAYS}
+    | {"environment": LAZILY}
     | {"commands": LAZILY},
     "numpy": dict.fromkeys(("kernels", "models", "eval"), ALWAYS),
     "transformers": dict.fromkeys(("models", "hf", "checkpoints", "pipeline", "block_loop", "facts"), ALWAYS)
@@ -107,7 +110,7 @@ LIBRARIES = {
     "matplotlib": {"formats.channel_plot": ALWAYS, "formats.gemm_plot": ALWAYS},
     "datasets": {"eval.corpora": LAZILY},
     "pyarrow": {"eval.corpora": LAZILY},
-    "cupy": {"kernels.loader": LAZILY},
+    "cupy": {"kernels.loader": LAZILY, "kernels.probe": LAZILY},
     "humming": {"eval.gemm_peers": LAZILY},
     "cuda": {"kernels.loader": LAZILY},
 }

@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
+from rich.tree import Tree
 
 from atomq.progress import OnProgress, silently
 from atomq.units import human_bytes, human_seconds
@@ -25,6 +26,7 @@ from atomq.units import human_bytes, human_seconds
 _SILENT = os.environ.get("RANK", "0") != "0"
 out = Console(quiet=_SILENT)  # both honour NO_COLOR, and write no escape codes where there is no terminal
 err = Console(stderr=True, quiet=_SILENT)
+Branch: TypeAlias = tuple[str, list["Branch"]]  # a label and what is below it
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 
 
@@ -35,14 +37,26 @@ def print_json(value: dict[str, Any]) -> None:
     out.file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A table for people on stdout; the first column is text, the others are figures."""
+def print_table(title: str, columns: list[str], rows: list[list[str]], n_texts: int = 1) -> None:
+    """A table for people on stdout; the first `n_texts` columns are text, the others are figures."""
     table = Table(title=escape(title), title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        table.add_column(column, justify="left" if index < n_texts else "right", overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))
     out.print(table)
+
+
+def print_tree(title: str, branches: list[Branch]) -> None:
+    """A tree for people on stdout."""
+    tree = Tree(escape(title), guide_style="dim")
+    _grow(tree, branches)
+    out.print(tree, highlight=False)
+
+
+def _grow(tree: Tree, branches: list[Branch]) -> None:
+    for label, below in branches:
+        _grow(tree.add(escape(label)), below)
 
 
 def print_line(text: str) -> None:

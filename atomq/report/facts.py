@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from atomq.config import QuantScheme, Recipe, from_dict
-from atomq.errors import CheckpointError, ConfigError
+from atomq.config import QuantScheme
+from atomq.errors import CheckpointError
 from atomq.formats.card import scheme_name
 from atomq.formats.checkpoint import (
     REPORTS,
@@ -27,7 +27,7 @@ from atomq.formats.checkpoint import (
 )
 from atomq.formats.schema import parse_quantization_config
 from atomq.numerics.linear import TensorSpec
-from atomq.presets import recipe_name
+from atomq.presets import stored_recipe_name
 
 REPORT_VERSION = 1
 RUN_RECORD = "quantize"  # reports/quantize.json, written by the run itself
@@ -234,20 +234,13 @@ def _summary(
     return Summary(
         model=str(manifest["source"].get("name", "unknown")),
         scheme_name=scheme_name(scheme),
-        recipe_name=_recipe_name(manifest["recipe"]),
+        recipe_name=stored_recipe_name(manifest["recipe"]),
         bits=bits,
         size_bytes=size,
         float_bytes=float_bytes,
         seconds=run.get("seconds") or {},
         peaks={place: n_bytes for place, n_bytes in peaks.items() if n_bytes},
     )
-
-
-def _recipe_name(values: Mapping[str, Any]) -> str:
-    try:
-        return recipe_name(from_dict(Recipe, values))
-    except ConfigError:  # of a newer atomq, with settings that this one does not know
-        return "unknown to this version of atomq"
 
 
 def _starved(run: Mapping[str, Any]) -> list[str]:
