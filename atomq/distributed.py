@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ _PATIENCE = datetime.timedelta(hours=2)  # one process may solve or write for lo
 @contextmanager
 def processes(device: torch.device) -> Iterator[None]:
     """Work together with the other processes that torchrun started, by NCCL on CUDA, else by gloo."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
     if device.type == "cuda":
@@ -111,21 +111,21 @@ def from_process(source: int, value: T) -> T:
 
 
 def tensors_from(
-    source: int, tensors: dict[str, torch.Tensor], device: torch.device
+    source: int, tensors: Mapping[str, torch.Tensor], device: torch.device
 ) -> dict[str, torch.Tensor]:
     """The tensors that the process `source` has, on `device` and bit for bit."""
     if n_processes() == 1:
-        return tensors
-    specs = from_process(source, {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()})
+        return {name: tensor.to(device) for name, tensor in tensors.items()}
+    specs = from_process(source, {name: (t.dtype, t.shape) for name, t in tensors.items()})
     received = {}
     for name, (dtype, shape) in specs.items():
-        own = rank() == source
-        tensor = tensors[name].contiguous() if own else torch.empty(shape, dtype=dtype, device=device)
+        if rank() == source:
+            tensor = tensors[name].to(_device()).contiguous()
+        else:
+            tensor = torch.empty(shape, dtype=dtype, device=_device())
         if tensor.numel():
-            dist.broadcast(
-                tensor.flatten().view(torch.uint8) if own else tensor.view(-1).view(torch.uint8), source
-            )
-        received[name] = tensor
+            dist.broadcast(tensor.view(-1).view(torch.uint8), source)
+        received[name] = tensor.to(device)
     return received
 
 

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import atomq
+from atomq import distributed
 from atomq.block_loop import QuantizationReport
 from atomq.config import CalibrationConfig, Recipe, to_dict
 from atomq.eval.windows import DEFAULT_SAMPLES, TokenWindows
@@ -60,6 +61,7 @@ def job_facts(
         "recipe": to_dict(recipe),
         "calibration": calibration,
         "device": device.type,
+        "processes": distributed.n_processes(),  # their sums are rounded in another order
         "versions": {
             "atomq": atomq.__version__,
             "torch": torch.__version__,

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 import atomq
+from atomq import distributed
+from atomq.assist import Plan, cut_windows, expert_routing
 from atomq.block_loop import (
     FinishedBlock,
     QuantizationReport,
@@ -23,7 +25,7 @@ from atomq.block_loop import (
 from atomq.block_quantizer import LinearReport, group_orders
 from atomq.config import CalibrationConfig, OutlierScheme, QuantScheme, Recipe, to_dict
 from atomq.errors import CheckpointError, ConfigError
-from atomq.eval.windows import TokenWindows, calibration_windows
+from atomq.eval.windows import TokenWindows
 from atomq.facts import host_facts, job_facts, manifest_facts, mean_error, token_warnings, window_facts
 from atomq.formats.calibration import CalibrationKey, read_calibration, read_facts, write_calibration
 from atomq.formats.card import model_card
@@ -99,13 +101,14 @@ def calibrate(
     """
     place = choose_device(device)
     source = resolve_source(model_name)
-    windows = _cut_windows(load_tokenizer(source), calibration)
+    windows = cut_windows(load_tokenizer(source), calibration)
     model, weights = open_float_model(source)
     windows.check_vocabulary(model.config.vocab_size)
     family = find_family(model.config.model_type)
     check_widths(model, family, QuantScheme(outliers=outliers))
-    routing = _expert_routing(family, calibration)
-    statistics = calibrate_blocks(model, windows.token_ids, place, on_progress, routing, weights)
+    routing = expert_routing(family, calibration)
+    with distributed.processes(place):
+        statistics = calibrate_blocks(model, windows.token_ids, place, on_progress, routing, weights)
     scheme = QuantScheme(outliers=outliers)
     orders = group_orders(statistics, scheme)
     key = _calibration_key(source_hash(source), windows, calibration, scheme)
@@ -115,11 +118,12 @@ def calibrate(
         "starved_experts": routing.starved,
         "atomq": atomq.__version__,
     }
-    if picture is not None:
-        kind = picture.suffix.removeprefix(".")
-        content = draw_channels(statistics, outliers.metric, outliers.n_outliers, source.name, kind)
-        write_file(picture, content)
-    write_calibration(path, key, statistics, orders, facts)
+    if distributed.is_first():
+        if picture is not None:
+            kind = picture.suffix.removeprefix(".")
+            content = draw_channels(statistics, outliers.metric, outliers.n_outliers, source.name, kind)
+            write_file(picture, content)
+        write_calibration(path, key, statistics, orders, facts)
     return CalibrationResult(path, key, statistics, orders, facts)
 
 
@@ -136,6 +140,8 @@ def quantize(
     activations: str = "device",
 ) -> QuantizeResult:
     """Quantize a model and write the checkpoint `out`.
+
+    Of several processes that torchrun started the first calls this, and all others `atomq.assist.assist`.
 
     Args:
         calibration: the text; used if the recipe looks at activations. None: the built-in text.
@@ -158,9 +164,10 @@ def quantize(
         )
     calibration = calibration or CalibrationConfig()
     source = resolve_source(model_name)
-    with CheckpointWriter(out, overwrite=overwrite, restart=restart) as writer:
+    writing = CheckpointWriter(out, overwrite=overwrite, restart=restart)
+    with distributed.processes(place), writing as writer:
         tokenizer = load_tokenizer(source)  # needed in the checkpoint, whatever the recipe
-        windows = _cut_windows(tokenizer, calibration) if recipe.needs_calibration else None
+        windows = cut_windows(tokenizer, calibration) if recipe.needs_calibration else None
         model, weights = open_float_model(source)
         if windows is not None:
             windows.check_vocabulary(model.config.vocab_size)
@@ -176,7 +183,7 @@ def quantize(
         facts_of_text = None if windows is None else window_facts(windows, calibration)
         job = job_facts(source, model_hash, recipe, facts_of_text, place)
         writer.begin(job, n_shards=model.config.num_hidden_layers + 1)
-        routing = _expert_routing(family, calibration)
+        routing = expert_routing(family, calibration)
         loaded = time.perf_counter()
         if writer.facts_of(1) is None:
             writer.write_shard(1, _tensors_outside_blocks(model, f"{family.blocks}.", weights))
@@ -185,11 +192,15 @@ def quantize(
             assert windows is not None
             key = _calibration_key(model_hash, windows, calibration, recipe.scheme)
             statistics = _kept_statistics(writer, key, routing)
-            if statistics is None:
-                statistics = calibrate_blocks(
-                    model, windows.token_ids, place, on_progress, routing, weights, scratch
-                )
-                write_calibration(writer.statistics, key, statistics, {}, {STARVED: routing.starved})
+        finished = _finished_blocks(writer, family, model.config.num_hidden_layers, routing)
+        reports_of_finished = {index: block.reports for index, block in finished.items()}
+        distributed.from_process(0, Plan(statistics, reports_of_finished, scratch))
+        if statistics is None and recipe.scheme.outliers.reorder:
+            assert windows is not None
+            statistics = calibrate_blocks(
+                model, windows.token_ids, place, on_progress, routing, weights, scratch
+            )
+            write_calibration(writer.statistics, key, statistics, {}, {STARVED: routing.starved})
         gathered = time.perf_counter()
 
         def write_block(prefix: str, block: nn.Module, reports: list[LinearReport]) -> None:
@@ -208,7 +219,7 @@ def quantize(
             write_block,
             routing,
             weights,
-            _finished_blocks(writer, family, model.config.num_hidden_layers, routing),
+            finished,
             scratch,
         )
         writer.write_index()
@@ -281,26 +292,11 @@ def _finished_blocks(
 
         def read(prefix: str = prefix) -> dict[str, torch.Tensor]:
             stored = writer.read_shard(_shard_of(prefix))
-            return {name.removeprefix(f"{prefix}."): tensor for name, tensor in stored.items()}
+            own = {name.removeprefix(f"{prefix}."): tensor for name, tensor in stored.items()}
+            return distributed.tensors_from(0, own, torch.device("cpu"))
 
         finished[index] = FinishedBlock(reports, read)
     return finished
-
-
-def _cut_windows(tokenizer: PreTrainedTokenizerBase, calibration: CalibrationConfig) -> TokenWindows:
-    return calibration_windows(
-        tokenizer,
-        calibration.data,
-        calibration.n_samples,
-        calibration.seq_len,
-        calibration.seed,
-    )
-
-
-def _expert_routing(family: ModelFamily, calibration: CalibrationConfig) -> ExpertRouting:
-    if calibration.all_experts and not family.has_experts:
-        raise ConfigError(f"{family.model_type} models have no experts; leave --moe-calibrate-all away")
-    return ExpertRouting(calibration.all_experts)
 
 
 def _calibration_key(

@@ -10,14 +10,18 @@ import sys
 
 import pytest
 import torch
-from tiny_models import make_tiny_model
+from tiny_checkpoints import calibration_text, files_outside_reports, stored_tensors
+from tiny_models import make_tiny_model, save_tiny_model
 from two_processes import in_two_processes
 
+import atomq
 from atomq import distributed
+from atomq.assist import assist
 from atomq.block_loop import calibrate_blocks, quantize_blocks
 from atomq.cli import main
 from atomq.config import (
     ActivationScheme,
+    CalibrationConfig,
     KVScheme,
     OutlierScheme,
     QuantScheme,
@@ -25,11 +29,15 @@ from atomq.config import (
     SolverConfig,
     WeightScheme,
 )
-from atomq.errors import ConfigError
+from atomq.errors import ConfigError, StorageError
 from atomq.eval.perplexity import evaluate_perplexity
 from atomq.eval.windows import TokenWindows
+from atomq.formats.writer import CheckpointWriter
 from atomq.models.experts import ExpertRouting, unfuse_experts
 from atomq.models.families import find_family
+from atomq.models.loading import load_float_model
+from atomq.models.source import resolve_source
+from atomq.presets import find_preset
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(2, 256, (5, 40), generator=torch.Generator().manual_seed(0))
@@ -178,6 +186,73 @@ def test_messages_arrive_as_they_were_sent(tmp_path):
         assert sent["fp8"].dtype == torch.float8_e4m3fn
         assert sent["fp8"].float().tolist() == [[1.0, 2.0]]
         assert sent["none"].shape == (0, 4)
+
+
+def source_of(kind, folder):
+    """A tiny model, and in its folder a text."""
+    source = save_tiny_model(folder / "model", kind)
+    calibration_text(source)
+    return source
+
+
+def checkpoint_of(source, out, n_shards: int | None = None):
+    """Quantize as the command does; the disk is full after `n_shards`."""
+    calibration = CalibrationConfig(str(source / "calibration.txt"), 5, seq_len=32)
+    if not distributed.is_first():
+        assist(str(source), ATOM, CPU, calibration)
+        return None
+    write_shard = CheckpointWriter.write_shard
+
+    def until_full(writer, number, *rest):
+        if number == n_shards:
+            raise StorageError("the disk is full")
+        write_shard(writer, number, *rest)
+
+    CheckpointWriter.write_shard = until_full
+    try:
+        return atomq.pipeline.quantize(str(source), out, ATOM, "cpu", calibration=calibration).report
+    finally:
+        CheckpointWriter.write_shard = write_shard
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe-dense-first"])
+def test_two_processes_write_the_checkpoint_of_one(kind, tmp_path):
+    source = source_of(kind, tmp_path)
+    expected = checkpoint_of(source, tmp_path / "ONE")
+    found, nothing = in_two_processes(tmp_path, checkpoint_of, source, tmp_path / "TWO")
+    assert nothing is None
+    assert [(r.name, r.method) for r in found.linears] == [(r.name, r.method) for r in expected.linears]
+    one, two = stored_tensors(tmp_path / "ONE"), stored_tensors(tmp_path / "TWO")
+    assert one.keys() == two.keys()
+    first = [n for n in one if n.startswith("model.layers.0.") and n.endswith("qweight")]
+    assert sum(int((one[n] != two[n]).sum()) for n in first) <= 0.001 * sum(one[n].numel() for n in first)
+    # A code of an activation at a tie moves what comes after it, in either direction: it costs no accuracy.
+    float_logits = load_float_model(resolve_source(str(source)))(TOKENS).logits
+    errors = [
+        (atomq.load(tmp_path / name, check_hashes=True)(TOKENS).logits - float_logits).norm()
+        for name in ("ONE", "TWO")
+    ]
+    assert abs(errors[0] - errors[1]) < 0.1 * errors[0]
+
+
+def test_two_processes_go_on_after_a_crash_and_write_the_same_bytes(tmp_path):
+    source = source_of("mixtral", tmp_path)
+    in_two_processes(tmp_path, checkpoint_of, source, tmp_path / "WHOLE")
+    with pytest.raises(StorageError, match="the disk is full"):
+        in_two_processes(tmp_path, checkpoint_of, source, tmp_path / "OUT", 3)
+    with pytest.raises(ConfigError, match="processes"):
+        checkpoint_of(source, tmp_path / "OUT")
+    in_two_processes(tmp_path, checkpoint_of, source, tmp_path / "OUT")
+    assert files_outside_reports(tmp_path / "OUT") == files_outside_reports(tmp_path / "WHOLE")
+
+
+def test_quantize_assists_where_it_is_not_the_first_process(tiny_dir, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("atomq.assist.assist", lambda *args: calls.append(args))
+    assert main(["quantize", str(tiny_dir), str(tmp_path / "OUT"), "--seq-len", "64", "--device", "cpu"]) == 0
+    assert calls == [(str(tiny_dir), find_preset("atom"), CPU, CalibrationConfig(seq_len=64))]
+    assert not (tmp_path / "OUT").exists()
 
 
 def test_torchrun_and_a_command_give_one_answer_and_one_progress(tiny_dir, text_file, capfd):

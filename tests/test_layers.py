@@ -36,6 +36,7 @@ BELOW_COMMANDS = {
     "eval",
     "block_loop",
     "block_quantizer",
+    "assist",
     "pipeline",
     "checkpoints",
     "export",
@@ -61,8 +62,19 @@ LAW = {
     "block_loop": {"block_quantizer", "method", "models", "numerics"},
     "report": {"formats", "numerics"},
     "facts": {"block_loop", "eval", "models"},
+    "assist": {"block_loop", "block_quantizer", "models", "eval", "numerics"},
     "pipeline": {
-        *("facts", "block_loop", "block_quantizer", "models", "formats", "eval", "numerics", "report"),
+        *(
+            "assist",
+            "facts",
+            "block_loop",
+            "block_quantizer",
+            "models",
+            "formats",
+            "eval",
+            "numerics",
+            "report",
+        ),
     },
     "checkpoints": {"models", "formats", "numerics"},
     "export": {"checkpoints", "models", "formats", "numerics"},
@@ -95,11 +107,13 @@ LIBRARIES = {
         ALWAYS,
     )
     | {"checkpoints": ALWAYS, "block_quantizer": ALWAYS, "export": ALWAYS}
-    | {"report.facts": ALWAYS, "distributed": ALWAYS}
+    | {"report.facts": ALWAYS, "distributed": ALWAYS, "assist": ALWAYS}
     | {"environment": LAZILY}
     | {"commands": LAZILY},
     "numpy": dict.fromkeys(("kernels", "models", "eval"), ALWAYS),
-    "transformers": dict.fromkeys(("models", "hf", "checkpoints", "pipeline", "block_loop", "facts"), ALWAYS)
+    "transformers": dict.fromkeys(
+        ("models", "hf", "checkpoints", "pipeline", "assist", "block_loop", "facts"), ALWAYS
+    )
     | {"commands": LAZILY, "eval": TYPES},
     "huggingface_hub": {"models": ALWAYS},
     "tokenizers": {"models": ALWAYS},

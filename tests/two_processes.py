@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from atomq.errors import AtomqError
 
 
 def in_two_processes(folder: Path, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """What `function(*args)` answers in process 0 and in process 1; their errors are raised here."""
+    """What `function(*args)` answers in process 0 and in process 1; an error of one ends the other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -27,13 +28,17 @@ def in_two_processes(folder: Path, function: Callable[..., Any], *args: Any) -> 
     ]
     for process in started:
         process.start()
-    for process in started:
-        process.join(120)
-    results = [torch.load(folder / f"result-{rank}.pt", weights_only=False) for rank in (0, 1)]
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
-    return results
+    results: dict[int, Any] = {}
+    ends = time.monotonic() + 120
+    while len(results) < 2 and time.monotonic() < ends:
+        for rank, process in enumerate(started):
+            if rank not in results and not process.is_alive():
+                results[rank] = torch.load(folder / f"result-{rank}.pt", weights_only=False)
+                if isinstance(results[rank], Exception):  # as torchrun does
+                    started[1 - rank].kill()
+                    raise results[rank]
+        time.sleep(0.01)
+    return [results[rank] for rank in (0, 1)]
 
 
 def _work(rank: int, port: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

@@ -89,7 +89,8 @@ def command(
     if show_recipe:
         console.print_json(to_dict(recipe))
         return
-    from atomq import pipeline
+    from atomq import distributed, pipeline
+    from atomq.assist import assist
     from atomq.commands import checking
     from atomq.eval.verify import parse_arithmetic
 
@@ -101,6 +102,9 @@ def command(
             f"preset {preset} with these settings looks at no activations; "
             f"leave --calib-data, --n-samples, --seq-len, --seed and --moe-calibrate-all away"
         )
+    if not distributed.is_first():
+        assist(model, recipe, place, config)
+        return
     exported = None
     if format_name is not None:
         from atomq.export.folder import check_export, export
