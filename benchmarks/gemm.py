@@ -68,7 +68,7 @@ def measure(path: Path, commit: str) -> dict[str, Any]:
     started = time.perf_counter()
     for tokens in PASSES:
         for shape in SHAPES:
-            for result in bench([shape], tokens, candidates, ceilings):
+            for result in bench([shape], tokens, candidates, ceilings, left_out.append):
                 record["results"].append(result.to_dict())
             took = f"{time.perf_counter() - started:.0f} s"
             sys.stderr.write(f"{shape[0]}x{shape[1]}, {tokens[0]} to {tokens[-1]} tokens: {took}\n")

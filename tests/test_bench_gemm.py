@@ -112,7 +112,7 @@ def _fake_gpu(monkeypatch):
 
 @pytest.mark.usefixtures("_fake_gpu")
 def test_every_candidate_gets_its_own_times():
-    results = list(gemm_bench.bench([(100, 200)], [1, 16], CANDIDATES, Ceilings(3e9, 1e12)))
+    results = list(gemm_bench.bench([(100, 200)], [1, 16], CANDIDATES, Ceilings(3e9, 1e12), pytest.fail))
     found = [(r.n_tokens, r.name, r.timing.graph_us, r.whole and r.whole.graph_us) for r in results]
     assert found == [
         (1, "fp16", 6.0, None),
@@ -162,11 +162,27 @@ def test_what_cannot_run_is_named_with_the_reason(monkeypatch, capsys):
     assert main(["bench-gemm", "--shape", "100x200", "--tokens", "1", "--json"]) == 0
     printed = capsys.readouterr()
     assert "humming is left out: it is not installed here; pip install it" in printed.err
-    assert json.loads(printed.out)["left_out"] == {"humming": "it is not installed here; pip install it"}
+    assert json.loads(printed.out)["left_out"] == [
+        "humming is left out: it is not installed here; pip install it"
+    ]
     assert main(["bench-gemm", "--only", "w4a4,marlin"]) == 2
     assert "--only marlin: there is no such kernel or peer; there are w4a4, humming" in " ".join(
         capsys.readouterr().err.split()
     )
+
+
+@pytest.mark.usefixtures("_fake_gpu")
+def test_a_peer_that_cannot_do_a_product_is_left_out_and_a_kernel_of_ours_ends_the_run(monkeypatch, capsys):
+    lame = FakeCandidate("fp8", error=KernelError("channels in sixteens, please"))
+    monkeypatch.setattr(gemm_bench, "all_candidates", lambda: [OURS, lame])
+    assert main(["bench-gemm", "--shape", "100x200", "--tokens", "7", "--json"]) == 0
+    printed = capsys.readouterr()
+    sentence = "fp8 is left out at 100x200, 7 tokens: channels in sixteens, please"
+    assert sentence in printed.err
+    assert json.loads(printed.out)["left_out"] == [sentence]
+    lame.is_peer = False
+    assert main(["bench-gemm", "--shape", "100x200", "--tokens", "7", "--json"]) == 1
+    assert "error: channels in sixteens, please" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("_fake_gpu")
@@ -235,7 +251,7 @@ def test_the_picture_is_drawn(tmp_path, ending):
 
 @pytest.mark.gpu
 def test_on_a_gpu_every_kernel_is_checked_and_timed(capsys):
-    assert main(["bench-gemm", "--shape", "208x448", "--tokens", "1,17,130", "--json"]) == 0
+    assert main(["bench-gemm", "--shape", "203x448", "--tokens", "1,17,130", "--json"]) == 0
     results = json.loads(capsys.readouterr().out)["results"]
     ours = [r for r in results if not r["is_peer"]]
     assert {r["name"] for r in ours} >= {"w4a4", "w4a4-mixed", "w4a4-progressive"}

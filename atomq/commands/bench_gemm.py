@@ -54,14 +54,14 @@ def command(
     shapes = _shapes(model, shape or [], checkpoint)
     counts = parse_tokens(tokens)
     candidates, left_out = gemm_bench.usable(_chosen(gemm_bench.all_candidates(), only))
-    console.warn([f"{name} is left out: {why}" for name, why in left_out.items()])
     ceilings = gemm_bench.measure_ceilings()
     results: list[Result] = []
     n_cases = len(shapes) * len(counts) * len(candidates)
     with console.progress("bench-gemm") as on_progress:
-        for result in gemm_bench.bench(shapes, counts, candidates, ceilings):
+        for result in gemm_bench.bench(shapes, counts, candidates, ceilings, left_out.append):
             results.append(result)
             on_progress(len(results), n_cases, f"{result.name} {result.n_channels}x{result.n_inputs}")
+    console.warn(left_out)
     record = {
         **gemm_bench.environment(ceilings),
         "left_out": left_out,

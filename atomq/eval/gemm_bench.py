@@ -11,14 +11,16 @@ It measures; printing, files and exit codes are the command's business.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from atomq.errors import KernelError
-from atomq.eval.gemm_candidates import Candidate, Work, plugged_in
+from atomq.eval.gemm_candidates import Candidate, Prepared, Work, plugged_in
 from atomq.eval.gemm_kernels import MODES, KernelCandidate
 from atomq.eval.gemm_peers import HUMMING_PEERS, TORCH_PEERS
 from atomq.eval.gemm_timing import Timing, describe_method, time_in_turns
@@ -104,8 +106,8 @@ def all_candidates() -> list[Candidate]:
     return [*map(KernelCandidate, MODES), *TORCH_PEERS, *HUMMING_PEERS, *plugged_in()]
 
 
-def usable(candidates: Sequence[Candidate]) -> tuple[list[Candidate], dict[str, str]]:
-    """The candidates that can run here, and why the others cannot, by name.
+def usable(candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[str]]:
+    """The candidates that can run here, and a sentence for each other one.
 
     Raises:
         KernelError: no CUDA device.
@@ -114,7 +116,7 @@ def usable(candidates: Sequence[Candidate]) -> tuple[list[Candidate], dict[str, 
         raise KernelError("bench-gemm: no CUDA device here; use --compile-only")
     problems = {candidate.name: candidate.problem() for candidate in candidates}
     able = [candidate for candidate in candidates if not problems[candidate.name]]
-    return able, {name: problem for name, problem in problems.items() if problem}
+    return able, [f"{name} is left out: {problem}" for name, problem in problems.items() if problem]
 
 
 def bench(
@@ -122,6 +124,7 @@ def bench(
     tokens: Sequence[int],
     candidates: Sequence[Candidate],
     ceilings: Ceilings,
+    on_left_out: Callable[[str], None],
 ) -> Iterator[Result]:
     """Check and time every candidate on every (N, K) and number of tokens, shape by shape.
 
@@ -129,36 +132,56 @@ def bench(
         shapes: (N, K); K includes the outliers.
         candidates: `usable` ones.
         ceilings: for the floors.
+        on_left_out: told of a peer that cannot do a product, and why.
 
     Raises:
-        VerificationError: a result that is wrong.
+        VerificationError: a result of ours that is wrong.
+        KernelError: a kernel of ours that cannot run.
     """
     for n_channels, n_inputs in shapes:
-        prepared = [c.prepare(n_channels, n_inputs, max(tokens)) for c in candidates]
+        shape = f"{n_channels}x{n_inputs}"
+        prepared: list[tuple[Candidate, Prepared]] = []
+        for candidate in candidates:
+            with _peer_may_fail(candidate, shape, on_left_out):
+                prepared.append((candidate, candidate.prepare(n_channels, n_inputs, max(tokens))))
         for n_tokens in tokens:
-            works = [
-                (candidate, work)
-                for candidate, weights in zip(candidates, prepared, strict=True)
-                if (work := weights.work(n_tokens)) is not None
-            ]
-            wholes = [work.whole for _, work in works if work.whole is not None]
-            timings = time_in_turns([*(work.launches for _, work in works), *wholes])
-            with_quantization = iter(timings[len(works) :])
-            n_operations = 2.0 * n_tokens * n_channels * n_inputs
-            for (candidate, work), timing in zip(works, timings, strict=False):
-                yield Result(
-                    candidate.name,
-                    candidate.is_peer,
-                    n_channels,
-                    n_inputs,
-                    n_tokens,
-                    work.error,
-                    timing,
-                    None if work.whole is None else next(with_quantization),
-                    ceilings.floor_us(work, n_operations),
-                    work.moved_bytes,
-                )
-        del prepared, works
+            works: list[tuple[Candidate, Work]] = []
+            for candidate, weights in prepared:
+                with _peer_may_fail(candidate, f"{shape}, {n_tokens} tokens", on_left_out):
+                    work = weights.work(n_tokens)
+                    if work is not None:
+                        works.append((candidate, work))
+            yield from _time(works, (n_channels, n_inputs, n_tokens), ceilings)
+        del prepared, works  # before the next shape's memory is taken
+
+
+@contextmanager
+def _peer_may_fail(candidate: Candidate, case: str, on_left_out: Callable[[str], None]) -> Iterator[None]:
+    try:
+        yield
+    except KernelError as error:
+        if not candidate.is_peer:
+            raise
+        on_left_out(f"{candidate.name} is left out at {case}: {error}")
+
+
+def _time(
+    works: Sequence[tuple[Candidate, Work]], sizes: tuple[int, int, int], ceilings: Ceilings
+) -> Iterator[Result]:
+    wholes = [work.whole for _, work in works if work.whole is not None]
+    timings = time_in_turns([*(work.launches for _, work in works), *wholes])
+    with_quantization = iter(timings[len(works) :])
+    for (candidate, work), timing in zip(works, timings, strict=False):
+        yield Result(
+            candidate.name,
+            candidate.is_peer,
+            *sizes,
+            work.error,
+            timing,
+            None if work.whole is None else next(with_quantization),
+            ceilings.floor_us(work, 2.0 * math.prod(sizes)),
+            work.moved_bytes,
+        )
 
 
 def measure_ceilings() -> Ceilings:

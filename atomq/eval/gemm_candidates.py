@@ -40,7 +40,11 @@ class Prepared(Protocol):
     """A candidate with a weight of one shape."""
 
     def work(self, n_tokens: int) -> Work | None:
-        """Operands made and everything compiled; None if it does not take so many tokens."""
+        """Operands made and everything compiled; None if it does not take so many tokens.
+
+        Raises:
+            KernelError: it cannot do this product; a peer is left out then, with the reason.
+        """
 
 
 class Candidate(Protocol):
@@ -58,7 +62,11 @@ class Candidate(Protocol):
         """Why it cannot run here, as a sentence that says what to do; "" if it can."""
 
     def prepare(self, n_channels: int, n_inputs: int, max_tokens: int) -> Prepared:
-        """Make weights [n_channels, n_inputs], enough copies to leave the L2 cache behind."""
+        """Make weights [n_channels, n_inputs], enough copies to leave the L2 cache behind.
+
+        Raises:
+            KernelError: as in `Prepared.work`.
+        """
 
 
 def plugged_in() -> list[Candidate]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from atomq.errors import VerificationError
+from atomq.errors import KernelError
 from atomq.eval.gemm_candidates import Candidate, Work
 from atomq.eval.gemm_timing import n_copies
 
@@ -19,6 +20,7 @@ _INT8_TOKENS = 32  # what `_int_mm`, which refuses 16 tokens and fewer, is given
 # INT4 weights and INT8 activations of normal random values lie 0.1 (groups of 128) to 0.2 (whole rows) off
 # the unquantized product; a peer further off does something else than it is timed for.
 _HUMMING_LIMIT = 0.3
+_HUMMING_ERRORS = (RuntimeError, AssertionError, ValueError, KeyError, OSError)  # it refuses by any of them
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class PreparedTorch:
             multiply = functools.partial(torch.mm, x, out=out)
         moved = self.n_bytes * self.n_inputs * (self.n_channels + n_tokens) + 2 * n_tokens * self.n_channels
         launches = [functools.partial(multiply, weight.T) for weight in self.weights]
+        with _as_kernel_error(RuntimeError):
+            launches[0]()
         return Work(launches, None, moved, 8 * self.n_bytes, None)
 
     def _random(self, n_rows: int) -> torch.Tensor:
@@ -103,49 +107,61 @@ class HummingPeer:
         return ""
 
     def prepare(self, n_channels: int, n_inputs: int, max_tokens: int) -> PreparedHumming:
-        return PreparedHumming(self.name, n_channels, n_inputs, self.group_size)
+        return PreparedHumming(n_channels, n_inputs, self.group_size)
 
 
 class PreparedHumming:
     """Layers of one weight, each with memory of its own."""
 
-    def __init__(self, name: str, n_channels: int, n_inputs: int, group_size: int | None) -> None:
+    def __init__(self, n_channels: int, n_inputs: int, group_size: int | None) -> None:
         from humming.layer import HummingLayer
 
-        self.name, self.n_channels, self.n_inputs = name, n_channels, n_inputs
+        self.n_channels, self.n_inputs = n_channels, n_inputs
         self.weight = torch.randn(n_channels, n_inputs, device="cuda", dtype=torch.float16)
         groups = {} if group_size is None else {"group_size": group_size}
         self.layers: list[Any] = []
-        for _ in range(n_copies(n_channels * n_inputs / 2)):
-            layer: Any = HummingLayer(
-                shape_n=n_channels,
-                shape_k=n_inputs,
-                weight_config={"dtype": "int4", **groups},
-                input_config={"dtype": "int8", **groups},
-                torch_dtype=torch.float16,
-            ).cuda()
-            layer.load_from_unquantized(self.weight)
-            layer.transform()
-            self.layers.append(layer)
+        with _as_kernel_error(*_HUMMING_ERRORS):
+            for _ in range(n_copies(n_channels * n_inputs / 2)):
+                layer: Any = HummingLayer(
+                    shape_n=n_channels,
+                    shape_k=n_inputs,
+                    weight_config={"dtype": "int4", **groups},
+                    input_config={"dtype": "int8", **groups},
+                    torch_dtype=torch.float16,
+                ).cuda()
+                layer.load_from_unquantized(self.weight)
+                layer.transform()
+                self.layers.append(layer)
 
     def work(self, n_tokens: int) -> Work:
         from humming.layer import HummingLayerMethod
 
         x = torch.randn(n_tokens, self.n_inputs, device="cuda", dtype=torch.float16)
         out = torch.empty(n_tokens, self.n_channels, device="cuda", dtype=torch.float16)
-        codes, scales = HummingLayerMethod.may_quant_input(self.layers[0], x)
-        launches = [functools.partial(layer, codes, outputs=out, input_scale=scales) for layer in self.layers]
-        launches[0]()
+        with _as_kernel_error(*_HUMMING_ERRORS):
+            codes, scales = HummingLayerMethod.may_quant_input(self.layers[0], x)
+            launches = [
+                functools.partial(layer, codes, outputs=out, input_scale=scales) for layer in self.layers
+            ]
+            launches[0]()
         expected = x.float() @ self.weight.float().T
         error = float((out.float() - expected).norm() / expected.norm())
         if not error <= _HUMMING_LIMIT:
-            raise VerificationError(
-                f"{self.name}, {n_tokens} tokens: its result is {error:.2f} off the product"
-            )
+            raise KernelError(f"its result is {error:.2f} off the unquantized product")
         whole = [functools.partial(layer, x, outputs=out) for layer in self.layers]
         weight_bytes = sum(tensor.nbytes for tensor in self.layers[0].parameters())
         moved = weight_bytes + n_tokens * (self.n_inputs + 2 * self.n_channels)
         return Work(launches, whole, moved, 8, error)
+
+
+@contextmanager
+def _as_kernel_error(*kinds: type[Exception]) -> Iterator[None]:
+    """What a peer raises where it cannot do a product, as the error that leaves it out."""
+    try:
+        yield
+    except kinds as error:
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        raise KernelError(first_line) from error
 
 
 TORCH_PEERS: tuple[Candidate, ...] = tuple(TorchPeer(name) for name in ("fp16", "bf16", "int8", "fp8"))
