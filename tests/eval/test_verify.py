@@ -169,7 +169,9 @@ def test_the_kernels_prove_a_checkpoint_and_run_a_model(mode):
     expected = model(TOKENS.cuda()).logits.float()
     assert use_kernels(model) == 14
     distance = (model(TOKENS.cuda()).logits.float() - expected).norm() / expected.norm()
-    assert distance < (2e-2 if mode in ("w4a16", "hadamard") else 1e-3)
+    # Sums in another order: a value on the edge between two codes (or, progressive, two factors of a whole
+    # group) may fall to either side.
+    assert distance < (1e-3 if mode == "exact" else 2e-2)
 
 
 def test_the_command_proves_a_checkpoint_and_says_what_computed_it(tmp_path, capsys):
