@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 PIP_ARGS ?=
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
-.PHONY: setup demo test test-gpu lint type wheel check clean
+.PHONY: setup demo test test-gpu test-peers lint type wheel check clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
@@ -36,6 +36,17 @@ test: setup
 PYTEST_ARGS ?=
 test-gpu:
 	$(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
+
+# The tools that exports are for, and lm-eval: heavy, and not needed to use atomq. gptqmodel asks for a newer torch than
+# the constraints have, and runs with theirs.
+$(VENV)/installed-peers: $(VENV)/installed-dev
+	$(INSTALL) -e '.[eval]' accelerate defuser device-smi dill logbar packaging pillow protobuf pypcre threadpoolctl \
+		tokenicer torchao
+	$(INSTALL) --no-deps gptqmodel
+	touch $@
+
+test-peers: $(VENV)/installed-peers
+	$(BIN)/python -m pytest tests/export tests/eval/test_tasks.py
 
 lint: setup
 	$(BIN)/ruff format --check .

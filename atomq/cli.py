@@ -19,6 +19,7 @@ from atomq.commands import (
     compare,
     doctor,
     eval_ppl,
+    eval_tasks,
     export,
     generate,
     inspect,
@@ -70,6 +71,7 @@ def _register(name: str, command: Callable[..., None], help_text: str) -> None:
 _register("calibrate", calibrate.command, calibrate.HELP)
 _register("quantize", quantize.command, quantize.HELP)
 _register("eval-ppl", eval_ppl.command, eval_ppl.HELP)
+_register("eval-tasks", eval_tasks.command, eval_tasks.HELP)
 _register("generate", generate.command, generate.HELP)
 _register("inspect", inspect.command, inspect.HELP)
 _register("export", export.command, export.HELP)

@@ -33,6 +33,7 @@ COMMANDS = (
     "calibrate",
     "quantize",
     "eval-ppl",
+    "eval-tasks",
     "generate",
     "inspect",
     "export",
