@@ -30,7 +30,7 @@ def command(
     json_output: JsonOption = False,
 ) -> None:
     from atomq.commands.checking import prove_checkpoint, refuse_failed, summary_line, verification_record
-    from atomq.eval.verify import TOLERANCE, parse_arithmetic
+    from atomq.eval.verify import parse_arithmetic
     from atomq.pipeline import choose_device
 
     place = choose_device(device)
@@ -42,8 +42,13 @@ def command(
     if json_output:
         console.print_json(record)
     else:
-        rows = [[v.name, f"{v.error:.2e}", str(v.n_wrong_codes), v.computed_by] for v in found.worst(worst)]
-        title = f"{checkpoint.name}: the worst of {len(found.verdicts)} linears (allowed {TOLERANCE:g})"
-        console.print_table(title, ["linear", "relative error", "wrong codes", "computed by"], rows)
+        rows = [
+            [v.name, f"{v.error:.2e}", f"{v.tolerance:.2e}", str(v.n_wrong_codes), v.computed_by]
+            for v in found.worst(worst)
+        ]
+        title = f"{checkpoint.name}: the worst of {len(found.verdicts)} linears"
+        console.print_table(
+            title, ["linear", "relative error", "allowed", "wrong codes", "computed by"], rows
+        )
         console.print_line(summary_line(found))
     refuse_failed(found)

@@ -61,6 +61,17 @@ def test_every_linear_of_every_scheme_is_proven_in_torch(settings):
     assert heard[-1][:2] == (14, 14)
 
 
+def test_a_linear_of_a_large_models_width_is_proven_in_torch():
+    plain = {"solver.method": "rtn", "outliers.n_outliers": 0, "outliers.reorder": False}
+    model = quantized(plain, intermediate_size=28672)
+    linear = model.model.layers[0].mlp.down_proj
+    verdict = verify_linear("down", linear, seed=0)
+    assert verdict.passed
+    assert verdict.tolerance == pytest.approx(TOLERANCE * 7**0.5)
+    linear._dense = linear.dense_weight(torch.float32) * (1 + 1e-5)
+    assert not verify_linear("down", linear, seed=0).passed
+
+
 def test_a_checkpoint_with_a_quantized_cache_alone_has_nothing_to_prove(tmp_path, capsys):
     source, out = save_tiny_model(tmp_path / "model"), tmp_path / "out"
     floats = ["--preset", "rtn", "--w-bits", "16", "--a-bits", "16", "--kv-bits", "4"]
