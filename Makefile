@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 PIP_ARGS ?=
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
-.PHONY: setup demo test test-gpu test-peers lint type wheel check clean
+.PHONY: setup demo test fuzz test-gpu test-peers lint type wheel check clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
@@ -30,6 +30,11 @@ demo: $(VENV)/installed
 
 test: setup
 	$(BIN)/python -m pytest -m "not gpu"
+
+# Spoilt files of every kind, each refused by a typed error or loaded as what it says.
+N ?= 10000
+fuzz: setup
+	PYTHONPATH=.:tests $(BIN)/python tests/fuzz.py $(N)
 
 # Needs a CUDA device, CuPy, and whatever Python they are installed in. Most of the time goes into compiling
 # kernels: with pytest-xdist, PYTEST_ARGS="-n 12" shares it among processes.

@@ -201,6 +201,7 @@ def quantize(
                 model, windows.token_ids, place, on_progress, routing, weights, scratch
             )
             write_calibration(writer.statistics, key, statistics, {}, {STARVED: routing.starved})
+            writer.keep_statistics()
         gathered = time.perf_counter()
 
         def write_block(prefix: str, block: nn.Module, reports: list[LinearReport]) -> None:
@@ -264,7 +265,7 @@ def _kept_statistics(
     writer: CheckpointWriter, key: CalibrationKey, routing: ExpertRouting
 ) -> dict[str, ChannelStatistics] | None:
     """The channel statistics that an earlier process of this run gathered, and what it saw of experts."""
-    if not writer.statistics.is_file():
+    if not writer.has_statistics():
         return None
     routing.starved |= read_facts(writer.statistics)[STARVED]
     return read_calibration(writer.statistics, key)

@@ -85,6 +85,10 @@ def read_calibration(path: Path, key: CalibrationKey) -> dict[str, ChannelStatis
                 f"{path.name} was made for other settings: {'; '.join(differing)}; give quantize the model, "
                 f"--calib-data, --n-samples, --seq-len, --seed and outliers of calibrate, or calibrate again"
             )
+        parts = ("hessian", "abs_mean", "perm")
+        strange = [name for name in file.keys() if not name.endswith(tuple(f".{part}" for part in parts))]  # noqa: SIM118
+        if strange:
+            raise CheckpointError(f"{path.name} holds {strange[0]}, which is no statistic of a channel")
         names = [name.removesuffix(".hessian") for name in file.keys() if name.endswith(".hessian")]  # noqa: SIM118
         statistics = {}
         for name in names:

@@ -17,6 +17,8 @@ from atomq.formats.files import file_sha256, write_json
 
 JOB = "job.json"
 STATISTICS = "statistics.safetensors"
+_STATISTICS_NUMBER = 0  # of their record; shards are numbered from 1
+_OWN_HASH = "sha256_of_this_record"
 
 
 class ShardRecord(NamedTuple):
@@ -55,28 +57,47 @@ def check_job(found: Mapping[str, Any], wanted: Mapping[str, Any], out: Path) ->
 
 
 def write_record(folder: Path, number: int, record: ShardRecord) -> None:
-    write_json(folder / record_name(number), record._asdict())
+    """Write a record, and the hash of itself, without which none is believed."""
+    value = record._asdict()
+    write_json(folder / record_name(number), {**value, _OWN_HASH: _hash_of(value)})
+
+
+def write_statistics_record(folder: Path) -> None:
+    """Write the record of the channel statistics, which lie in `folder` itself."""
+    path = folder / STATISTICS
+    record = ShardRecord(path.name, path.stat().st_size, file_sha256(path), {}, {})
+    write_record(folder, _STATISTICS_NUMBER, record)
+
+
+def has_statistics(folder: Path) -> bool:
+    """Whether the channel statistics are there, as they were written."""
+    return _read_record(folder, _STATISTICS_NUMBER, folder / STATISTICS) is not None
 
 
 def finished_shards(folder: Path, shards: Path, n_shards: int) -> dict[int, ShardRecord]:
     """The records that are true, by shard number; every shard in the folder `shards` is read and hashed."""
-    found = {}
-    for number in range(1, n_shards + 1):
-        value = _read_object(folder / record_name(number))
-        if value is None or set(value) != set(ShardRecord._fields):
-            continue
-        record = ShardRecord(**value)
-        if record.name != shard_name(number, n_shards) or not isinstance(record.tensors, dict):
-            continue
-        path = shards / record.name
-        if (
-            path.is_file()
-            and path.stat().st_size == record.n_bytes
-            and file_sha256(path) == record.sha256
-            and isinstance(record.facts, dict)
-        ):
-            found[number] = record
-    return found
+    numbers = range(1, n_shards + 1)
+    found = {n: _read_record(folder, n, shards / shard_name(n, n_shards)) for n in numbers}
+    return {number: record for number, record in found.items() if record is not None}
+
+
+def _read_record(folder: Path, number: int, path: Path) -> ShardRecord | None:
+    """The record of the file `path`, if it and the file are as they were written."""
+    value = _read_object(folder / record_name(number)) or {}
+    if value.pop(_OWN_HASH, None) != _hash_of(value):
+        return None
+    record = ShardRecord(**value)
+    same = (
+        record.name == path.name
+        and path.is_file()
+        and path.stat().st_size == record.n_bytes
+        and file_sha256(path) == record.sha256
+    )
+    return record if same else None
+
+
+def _hash_of(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def shard_name(number: int, n_shards: int) -> str:

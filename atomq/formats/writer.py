@@ -113,6 +113,14 @@ class CheckpointWriter:
         """Where the channel statistics of this run are kept."""
         return self.progress / journal.STATISTICS
 
+    def has_statistics(self) -> bool:
+        """Whether an earlier process has kept them, and they are as it wrote them."""
+        return journal.has_statistics(self.progress)
+
+    def keep_statistics(self) -> None:
+        """Make a later process find them, after they were written."""
+        journal.write_statistics_record(self.progress)
+
     @property
     def total_size(self) -> int:
         """Bytes of all tensors that are written."""
@@ -189,9 +197,8 @@ class CheckpointWriter:
 
         What is outside the blocks is written so fast that it alone is not worth keeping.
         """
-        worth = (*self.progress.glob(journal.STATISTICS), *self.progress.glob("shard-*"))
-        first = journal.record_name(1)
-        kept = not useless and self.folder.exists() and any(path.name != first for path in worth)
+        records, first = self.progress.glob("shard-*"), journal.record_name(1)
+        kept = not useless and self.folder.exists() and any(path.name != first for path in records)
         try:
             if self._lock >= 0 and not kept:
                 with contextlib.suppress(StorageError):
