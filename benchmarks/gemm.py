@@ -33,6 +33,7 @@ from atomq.eval.gemm_timing import n_copies, time_in_turns
 from atomq.kernels.activations import quantize_act
 from atomq.kernels.layout import ActivationFormat, ChannelOrder
 from benchmarks.gemm_goals import check_goals
+from benchmarks.gemm_tables import quantize_table, table
 
 SHAPES = [
     (28672, 8192),
@@ -122,34 +123,6 @@ def installed_version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def table(record: dict[str, Any]) -> str:
-    """Microseconds in a graph, TOP/s in brackets, as Markdown."""
-    cells = {(r["n_channels"], r["n_inputs"], r["n_tokens"], r["name"]): r for r in record["results"]}
-    names = list(dict.fromkeys(r["name"] for r in record["results"]))
-    rows = dict.fromkeys(key[:3] for key in cells)
-    lines = [f"| N x K | M | {' | '.join(names)} |", "| --- " * (len(names) + 2) + "|"]
-    for n_channels, n_inputs, n_tokens in sorted(rows, key=lambda key: (-key[0] * key[1], -key[0], key[2])):
-        texts = []
-        for name in names:
-            result = cells.get((n_channels, n_inputs, n_tokens, name))
-            texts.append(f"{result['timing']['graph_us']:.1f} ({result['tops']:.0f})" if result else "")
-        lines.append(f"| {n_channels}x{n_inputs} | {n_tokens} | {' | '.join(texts)} |")
-    return "\n".join(lines)
-
-
-def quantize_table(record: dict[str, Any]) -> str:
-    """`quantize_act` as Markdown."""
-    lines = [
-        "| M x K | gather | transform | us | GB/s | of a copy |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for r in record.get("quantize", []):
-        does = " | ".join("yes" if r[key] else "no" for key in ("gather", "hadamard"))
-        rates = f"{r['graph_us']:.1f} | {r['gb_per_s']:.0f} | {100 * r['of_copy']:.0f} %"
-        lines.append(f"| {r['n_tokens']}x{r['n_channels']} | {does} | {rates} |")
-    return "\n".join(lines)
 
 
 def main() -> None:

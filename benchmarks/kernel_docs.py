@@ -1,0 +1,67 @@
+"""The measured tables of docs/kernels.md, from the newest records in benchmarks/results.
+
+python -m benchmarks.kernel_docs --write
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; everything else in the page is written by
+hand. tests/benchmarks/test_kernel_docs.py fails where page and records differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gemm_goals import check_goals
+from benchmarks.gemm_tables import limits_table, table, tuning_table
+
+ROOT = Path(__file__).parent.parent
+PAGE, RESULTS = ROOT / "docs" / "kernels.md", ROOT / "benchmarks" / "results"
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "gemm": ("h100-gemm", table),
+    "goals": ("h100-gemm", check_goals),
+    "limits": ("h100-gemm", limits_table),
+    "tuning": ("h100-kernel-steps", tuning_table),
+}
+"""Name of a table -> the records it is made from (`<date>-<name>.json`), and how."""
+
+
+def fill(page: str, results: Path = RESULTS) -> str:
+    """The page with every table made anew.
+
+    Raises:
+        ValueError: a table of a name that is not known, or no record for it.
+    """
+
+    def one(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in TABLES:
+            raise ValueError(f"table {name}; known are {', '.join(TABLES)}")
+        kind, make = TABLES[name]
+        records = sorted(results.glob(f"????-??-??-{kind}.json"))
+        if not records:
+            raise ValueError(f"no record *-{kind}.json in {results}")
+        text = make(json.loads(records[-1].read_text(encoding="utf-8")))
+        return (
+            f"<!-- table: {name} -->\nFrom `benchmarks/results/{records[-1].name}`:\n\n{text}\n<!-- end -->"
+        )
+
+    return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", one, page, flags=re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="into docs/kernels.md; else to stdout")
+    text = fill(PAGE.read_text(encoding="utf-8"))
+    if parser.parse_args().write:
+        PAGE.write_text(text, encoding="utf-8")
+    else:
+        sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()

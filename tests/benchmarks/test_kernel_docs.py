@@ -1,0 +1,48 @@
+"""docs/kernels.md holds what the records say, and the tables compute what they claim."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks.gemm_tables import limits_table, tuning_table
+from benchmarks.kernel_docs import PAGE, TABLES, fill
+
+
+def result(n_tokens: int, us: float, name: str = "w4a4"):
+    shape = {"n_channels": 8192, "n_inputs": 8192, "n_tokens": n_tokens}
+    return {"name": name, **shape, "timing": {"graph_us": us}, "tops": 1.0}
+
+
+def test_the_page_holds_the_tables_of_the_newest_records():
+    page = PAGE.read_text(encoding="utf-8")
+    assert fill(page) == page, "run python -m benchmarks.kernel_docs --write"
+    assert all(f"<!-- table: {name} -->" in page for name in TABLES)
+
+
+def test_a_table_is_replaced_and_the_rest_stays(tmp_path):
+    for date, us in (("2026-01-01", 99.0), ("2026-01-02", 20.0)):
+        record = {"results": [result(1, us)]}
+        (tmp_path / f"{date}-h100-gemm.json").write_text(json.dumps(record))
+    page = fill("before\n<!-- table: gemm -->\nold\n<!-- end -->\nafter\n", tmp_path)
+    assert page.startswith("before\n")
+    assert page.endswith("| 8192x8192 | 1 | 20.0 (1) |\n<!-- end -->\nafter\n")
+    assert "old" not in page
+    with pytest.raises(ValueError, match="known are gemm"):
+        fill("<!-- table: gem -->\n<!-- end -->", tmp_path)
+
+
+def test_the_limit_is_the_largest_floor():
+    rows = limits_table({"results": [result(1, 14.0), result(2, 40.0), result(4096, 650.0)]}).splitlines()[2:]
+    # 8192 * (8064 / 2 + 128 + 128) + 8192 + 16384 bytes at 3.0 TB/s: 11.7 us
+    assert "| 14.0 | 11.7 | 0.1 | 0.1 | bytes | 84 % |" in rows[0]
+    assert "| launch, ring fill, joining |" in rows[1]
+    # products 2 * 4096 * 8192^2 / 1979e12 = 277.8 us, promotion 3 * 4096 * 8192 * 64 / 29.65e12 = 217.3 us
+    assert "| 277.8 | 217.3 | products and promotion | 76 % |" in rows[2]
+
+
+def test_a_step_says_what_it_brought():
+    case = {"case": "8192x8192 M=1", "before_us": 17.0, "after_us": 15.06}
+    record = {"steps": [{"step": "overlap", "expected": "2 us", "cases": [case]}]}
+    assert tuning_table(record).splitlines()[2] == "| overlap | 2 us | 8192x8192 M=1 17.0 -> 15.1 |"
