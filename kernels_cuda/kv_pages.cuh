@@ -43,3 +43,16 @@ __device__ __forceinline__ int chunk_word(int chunk, int word) {
 
 // The channel of the head at place `i` (0 .. STORED_DIM / 2 - 1) of a half of K, or -1 where it is filled up.
 __device__ __forceinline__ int key_channel(int half, int i) { return i < HEAD_DIM / 2 ? half * (HEAD_DIM / 2) + i : -1; }
+
+// Where the codes of a channel of K, or of V, lie: a word of a side, and a bit of it.
+struct CodePlace {
+    int word, bit;
+
+    __device__ CodePlace(bool is_key, int token, int channel) {
+        const int i = channel % (HEAD_DIM / 2), half = channel / (HEAD_DIM / 2);
+        const int slot = is_key ? i % SLOTS / 2 + half * (SLOTS / 2) : channel % SLOTS;
+        const int chunk = is_key ? token * 4 + i / SLOTS : token / 8 * 32 + channel / SLOTS * 4 + token % 8 / 2;
+        word = chunk_word(chunk, slot / SLOTS_PER_WORD);
+        bit = BITS * (slot % SLOTS_PER_WORD) + 16 * (is_key ? i % 2 : token % 2);
+    }
+};

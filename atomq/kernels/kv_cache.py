@@ -1,4 +1,4 @@
-"""Fronts of `kv_append.cu` and `kv_attention.cu`: write tokens to the paged KV cache, and decode from it.
+"""Fronts of `kv_append.cu`, `kv_read.cu` and `kv_attention.cu`: the paged KV cache and attention on it.
 
 CPU tensors run the twins in torch, CUDA tensors the kernels; pages are the same bits (but for the rounding of
 a norm's sum), attention agrees to what float16 operands of mma cost.
@@ -81,6 +81,40 @@ def append_kv(
     launch(kernel, (math.ceil(n_items / _WARPS),), (32 * _WARPS,), arguments, device=device)
 
 
+def read_kv(
+    pages: torch.Tensor,
+    table: torch.Tensor,
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    layout: PageFormat,
+    heads: HeadParameters,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K after RoPE and V of cached tokens, [T, n_heads, head_dim] in `dtype`; operands as of `append_kv`.
+
+    Raises:
+        KernelError: an operand that does not fit, or on CUDA no CuPy.
+    """
+    n_tokens, device = rows.shape[0], pages.device
+    _check_pages("read_kv", pages, table, layout, heads)
+    for name, indices in (("rows", rows), ("positions", positions)):
+        check_operand("read_kv", name, indices, dtype=torch.int32, shape=(n_tokens,), device=device)
+    if dtype not in _ELEMENTS:
+        raise KernelError(f"read_kv: {dtype}; it must be one of {', '.join(map(str, _ELEMENTS))}")
+    if not pages.is_cuda:
+        return kv_reference.read_kv(pages, table, rows, positions, layout, heads, dtype)
+    shape = (n_tokens, layout.n_heads, layout.head_dim)
+    keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+    if n_tokens:
+        kernel = compile_kernel("kv_read", **append_defines(layout, dtype))
+        offset = heads.key_offset if layout.key_mode else None
+        sizes = (n_tokens, layout.n_heads, table.stride(0))
+        arguments = (pages, table, rows, positions, heads.rotary, offset, keys, values, *sizes)
+        n_ctas = math.ceil(2 * n_tokens * layout.n_heads / _WARPS)
+        launch(kernel, (n_ctas,), (32 * _WARPS,), arguments, device=device)
+    return keys, values
+
+
 def decode_attention(
     query: torch.Tensor,
     pages: torch.Tensor,
@@ -160,7 +194,7 @@ def choose_splits(n_items: int, n_pages: int, n_sms: int) -> int:
 
 
 def append_defines(layout: PageFormat, dtype: torch.dtype) -> dict[str, int | str]:
-    """The parameters of `kv_append.cu`."""
+    """The parameters of `kv_append.cu` and `kv_read.cu`."""
     return {
         "ELEMENT": _ELEMENTS[dtype],
         "HEAD_DIM": layout.head_dim,

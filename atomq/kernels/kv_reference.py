@@ -1,4 +1,4 @@
-"""Twins in torch of `kv_append.cu` and `kv_attention.cu`: same pages, same attention, on any device.
+"""Twins in torch of `kv_append.cu`, `kv_read.cu` and `kv_attention.cu`: same pages and attention.
 
 Operands are the fronts' business to check.
 """
@@ -56,8 +56,10 @@ def decode_attention(
         length = int(lengths[i])
         if length <= 0:
             continue
-        keys, values = read_cache(pages, table[i], length, layout, heads)  # [H, length, head_dim]
-        position = torch.tensor([length - 1], device=query.device)
+        places = torch.arange(length, device=query.device)
+        cached = read_kv(pages, table, torch.full_like(places, i), places, layout, heads, torch.float32)
+        keys, values = (x.transpose(0, 1) for x in cached)  # [H, length, head_dim]
+        position = places[-1:]
         q = rotate(head_norm(query[i : i + 1].float(), heads.query_norm, heads.epsilon), position, heads)
         q = q.reshape(layout.n_heads, n_queries // layout.n_heads, head_dim)
         weights = (q @ keys.transpose(1, 2) * heads.softmax_scale).softmax(-1)
@@ -65,23 +67,31 @@ def decode_attention(
     return out
 
 
-def read_cache(
-    pages: torch.Tensor, pages_of: torch.Tensor, length: int, layout: PageFormat, heads: HeadParameters
+def read_kv(
+    pages: torch.Tensor,
+    table: torch.Tensor,
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    layout: PageFormat,
+    heads: HeadParameters,
+    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """K after RoPE and V, float32 [n_heads, length, head_dim], of a sequence whose pages are `pages_of`."""
-    n_pages = -(-length // PAGE_TOKENS)
-    opened = _Pages(pages[pages_of[:n_pages].long()], layout)
-    keys, values = (opened.read(side).transpose(0, 1).flatten(1, 2)[:, :length] for side in (0, 1))
+    """Twin of `atomq.kernels.kv_cache.read_kv`."""
+    rows, positions = rows.long(), positions.long()
+    ids = table[rows, positions // PAGE_TOKENS].long()
+    ids, owner = ids.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+    opened = _Pages(pages[ids], layout)
+    place = positions % PAGE_TOKENS
+    keys, values = (opened.read(side)[owner, :, place] for side in (0, 1))  # [T, H, head_dim]
     if layout.rotates_keys:
         keys = butterflies(keys)
     if layout.rotates_values:
         values = butterflies(values)
     if layout.key_position == "before_rope":
         if heads.key_offset is not None:
-            keys = keys + heads.key_offset[:, None]
-        positions = torch.arange(length, device=keys.device)
-        keys = rotate(keys.transpose(0, 1), positions, heads).transpose(0, 1)
-    return keys, values
+            keys = keys + heads.key_offset
+        keys = rotate(keys, positions, heads)
+    return keys.to(dtype), values.to(dtype)
 
 
 def coded_keys(

@@ -74,7 +74,8 @@ def all_variants() -> Iterator[tuple[str, str, Mapping[str, int | str]]]:
             yield "quantize_kv", arch, heads
             yield "dequantize_kv", arch, heads
         for layout in _PAGES:
-            yield "kv_append", arch, kv_cache.append_defines(layout, torch.float16)
+            for name in ("kv_append", "kv_read"):
+                yield name, arch, kv_cache.append_defines(layout, torch.float16)
             for group in (1, 8):
                 yield "kv_attention", arch, kv_cache.attention_defines(layout, torch.float16, group, False)
         for engine in (Engine.MMA_INT8, *([Engine.MMA_INT4] if arch in NATIVE_INT4 else [])):

@@ -16,6 +16,7 @@ from atomq.kernels.kv_cache import (
     attention_defines,
     choose_splits,
     decode_attention,
+    read_kv,
 )
 from atomq.kernels.kv_pages import HEAD_DIMS, PAGE_TOKENS, HeadParameters, PageFormat
 from atomq.kernels.loader import ARCHITECTURES, compile_for
@@ -82,6 +83,10 @@ class Sequences:
 
     def indices(self):
         return self.on(self.pages.device, "table", "rows", "positions")
+
+    def read(self, dtype):
+        table, rows, positions = self.on(self.pages.device, "table", "rows", "positions")
+        return read_kv(self.pages, table, rows, positions, self.layout, self.heads, dtype)
 
     def on(self, device, *names):
         return [getattr(self, name).to(device) for name in names]
@@ -170,6 +175,17 @@ def test_tokens_may_come_one_by_one_or_all_at_once():
     assert torch.equal(single.pages, whole.pages)
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_was_written_is_read_again(name):
+    layout = LAYOUTS[name]
+    sequences = Sequences(layout, make_heads(layout)).append()
+    keys, values = sequences.read(torch.float32)
+    turned = kv_reference.rotate(sequences.keys, sequences.positions.long(), sequences.heads)
+    for found, expected in ((keys, turned), (values, sequences.values)):
+        limit = {4: 0.12, 8: 0.01, 16: 5e-4}[layout.n_bits]
+        assert (found - expected).norm() <= limit * expected.norm()
+
+
 def test_a_negative_position_leaves_the_pages_alone():
     layout = LAYOUTS["int4 after rope"]
     sequences = Sequences(layout, make_heads(layout))
@@ -240,7 +256,7 @@ def test_kernels_compile_without_spilling(arch, name):
     pytest.importorskip("cupy", reason="compiling a kernel needs CuPy and NVRTC")
     layout = LAYOUTS[name]
     reports = [
-        compile_for("kv_append", arch, **append_defines(layout, torch.float16)),
+        *(compile_for(n, arch, **append_defines(layout, torch.float16)) for n in ("kv_append", "kv_read")),
         compile_for("kv_attention", arch, **attention_defines(layout, torch.float16, 4, layout.key_mode > 0)),
     ]
     assert not any(report.spill_bytes for report in reports), reports
@@ -257,6 +273,8 @@ def test_kernels_agree_with_the_twins(name, variant):
         there = Sequences(layout, heads, group=group).to("cuda").append()
         if variant != "norms" and layout.head_dim == layout.stored_dim:
             assert torch.equal(there.pages.cpu(), here.pages)
+        for found, expected in zip(there.read(torch.float32), here.read(torch.float32), strict=True):
+            assert (found.cpu() - expected).norm() <= 1e-5 * expected.norm()
         expected = here.attend()
         for n_splits in (1, 2, None):
             found = there.attend(n_splits)
