@@ -44,6 +44,7 @@ BELOW_COMMANDS = {
     "progress",
     "report",
     "environment",
+    "runtime",
 }
 # Part -> what it may import besides its own modules and EVERYWHERE. A dotted name allows that module only.
 LAW = {
@@ -57,7 +58,8 @@ LAW = {
     "method": {"numerics", "kernels"},
     "models": {"numerics"},
     "formats": {"numerics", "models.families"},
-    "eval": {"numerics", "kernels", "models", "formats"},
+    "runtime": {"numerics", "kernels", "models"},
+    "eval": {"numerics", "kernels", "models", "formats", "runtime"},
     "block_quantizer": {"method", "models", "numerics"},
     "block_loop": {"block_quantizer", "method", "models", "numerics"},
     "report": {"formats", "numerics"},
@@ -108,13 +110,13 @@ LIBRARIES = {
     )
     | {"checkpoints": ALWAYS, "block_quantizer": ALWAYS, "export": ALWAYS}
     | {"report.facts": ALWAYS, "distributed": ALWAYS, "assist": ALWAYS}
-    | {"environment": LAZILY}
+    | {"environment": LAZILY, "runtime": ALWAYS}
     | {"commands": LAZILY},
     "numpy": dict.fromkeys(("kernels", "models", "eval"), ALWAYS),
     "transformers": dict.fromkeys(
         ("models", "hf", "checkpoints", "pipeline", "assist", "block_loop", "facts"), ALWAYS
     )
-    | {"commands": LAZILY, "eval": TYPES},
+    | {"commands": LAZILY, "eval": TYPES, "runtime": TYPES},
     "huggingface_hub": {"models": ALWAYS},
     "tokenizers": {"models": ALWAYS},
     "gguf": {"models": ALWAYS},

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from atomq.config import QuantScheme
 from atomq.errors import KernelError
 from atomq.kernels.repack import MAX_OUTLIERS, SLOT_INPUTS
 
@@ -45,6 +46,18 @@ class ActivationFormat:
             raise KernelError(f"group_size {self.group_size}; the kernels take 64 and 128")
         if not 0.01 <= self.clip_ratio <= 1:
             raise KernelError(f"clip_ratio {self.clip_ratio}; the kernels take 0.01 to 1")
+
+    @classmethod
+    def of(cls, scheme: QuantScheme, n_channels: int) -> ActivationFormat:
+        """The input of a linear of `scheme`, which lies inside the kernels' envelope."""
+        return cls(
+            n_channels,
+            scheme.outliers.n_outliers,
+            scheme.weights.group_size or 0,  # never None inside the envelope
+            scheme.activations.clip_ratio,
+            scheme.transform == "hadamard",
+            scheme.activations.scale_mode == "progressive",
+        )
 
     @property
     def n_normal(self) -> int:

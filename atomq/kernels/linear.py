@@ -49,6 +49,23 @@ def envelope_problem(linear: QuantizedLinear) -> str:
     return ""
 
 
+def canonical_weight(linear: QuantizedLinear) -> CanonicalWeight:
+    """The codes of a linear inside the envelope, as they lie in the checkpoint."""
+    weights, tensors = linear.scheme.weights, dict(linear.named_buffers())
+    is_progressive = weights.scale_mode == "progressive"
+    return CanonicalWeight(
+        tensors["qweight"],
+        tensors["scale_factors"] if is_progressive else tensors["scales"],
+        linear.in_features - linear.scheme.outliers.n_outliers,
+        weights.group_size or 0,  # never None inside the envelope
+        weights.channel_group,
+        tensors.get("scale_base"),
+        tensors.get("outlier_weight"),
+        tensors.get("outlier_scales"),
+        linear.bias,
+    )
+
+
 class KernelLinear(nn.Module):
     """Computes what `linear` does by `quantize_act` and `w4a4_gemm`, or by `w4a16_gemm`.
 
@@ -63,35 +80,15 @@ class KernelLinear(nn.Module):
         problem = envelope_problem(linear)
         if problem:
             raise KernelError(f"this linear cannot run on the kernels: {problem}; use the simulation")
-        scheme, tensors = linear.scheme, dict(linear.named_buffers())
+        scheme = linear.scheme
         self.out_features, self.n_outliers = linear.out_features, scheme.outliers.n_outliers
         self.n_normal = linear.in_features - self.n_outliers
         self.group_size = scheme.weights.group_size or 0  # never None inside the envelope
         self.quantizes = scheme.activations.n_bits < FLOAT_BITS
-        progressive = scheme.weights.scale_mode == "progressive"
-        self.weight = repack_weight(
-            CanonicalWeight(
-                tensors["qweight"],
-                tensors["scale_factors"] if progressive else tensors["scales"],
-                self.n_normal,
-                self.group_size,
-                scheme.weights.channel_group,
-                tensors.get("scale_base"),
-                tensors.get("outlier_weight"),
-                tensors.get("outlier_scales"),
-                linear.bias,
-            )
-        )
+        self.weight = repack_weight(canonical_weight(linear))
         perm = linear.input_order() if linear.is_gathered else None
         self.perm = None if self.quantizes else perm
-        self.activations = ActivationFormat(
-            linear.in_features,
-            self.n_outliers,
-            self.group_size,
-            scheme.activations.clip_ratio,
-            scheme.transform == "hadamard",
-            progressive,
-        )
+        self.activations = ActivationFormat.of(scheme, linear.in_features)
         self.order = ChannelOrder.of(perm, self.activations) if perm is not None and self.quantizes else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -73,6 +73,10 @@ def all_variants() -> Iterator[tuple[str, str, Mapping[str, int | str]]]:
             heads |= {"LOAD_WIDTH": 8, "STORE_WIDTH": 8, "THREADS": 256}
             yield "quantize_kv", arch, heads
             yield "dequantize_kv", arch, heads
+        for before in (0, 1, 2):
+            for quantize in (0, 1):
+                yield "rows", arch, {"ELEMENT": "__half", "PROLOGUE": before, "QUANTIZE": quantize}
+        yield "scale_sums", arch, {"ELEMENT": "__half"}
         for layout in _PAGES:
             for name in ("kv_append", "kv_read"):
                 yield name, arch, kv_cache.append_defines(layout, torch.float16)
