@@ -11,15 +11,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from atomq.hf import load
-    from atomq.pipeline import calibrate, quantize
+    from atomq.api import calibrate, evaluate_ppl, load, quantize, verify
 
-_PLACES = {"load": "atomq.hf", "calibrate": "atomq.pipeline", "quantize": "atomq.pipeline"}
-
-__all__ = ["__version__", "calibrate", "load", "quantize"]
+__all__ = ["__version__", "calibrate", "evaluate_ppl", "load", "quantize", "verify"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PLACES:
-        return getattr(import_module(_PLACES[name]), name)
+    if name in __all__:
+        return getattr(import_module("atomq.api"), name)
     raise AttributeError(f"module 'atomq' has no attribute {name!r}")

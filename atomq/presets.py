@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from atomq.config import (
@@ -14,6 +15,7 @@ from atomq.config import (
     SolverConfig,
     WeightScheme,
     from_dict,
+    override,
     to_dict,
 )
 from atomq.errors import ConfigError
@@ -73,6 +75,14 @@ PRESET_HELP = {
     "w8a8": "INT8 per row and per token, rounded to nearest; no calibration",
 }
 
+# Short names for the settings that people change most; `--set` reaches all others.
+SHORT_NAMES = {
+    "w_bits": "weights.n_bits",
+    "a_bits": "activations.n_bits",
+    "kv_bits": "kv.n_bits",
+    "n_outliers": "outliers.n_outliers",
+}
+
 
 def find_preset(name: str) -> Recipe:
     """Return the preset's recipe.
@@ -84,6 +94,29 @@ def find_preset(name: str) -> Recipe:
         return PRESETS[name]
     except KeyError:
         raise ConfigError(f"unknown preset {name!r}; presets are {', '.join(PRESETS)}") from None
+
+
+def build_recipe(
+    preset: str, short: dict[str, int | None], group_size: str | None, settings: Sequence[str]
+) -> Recipe:
+    """The preset with the options given on the command line put over it.
+
+    Raises:
+        ConfigError: unknown preset or setting, or an impossible combination.
+    """
+    assignments: dict[str, Any] = {SHORT_NAMES[k]: v for k, v in short.items() if v is not None}
+    if group_size is not None:
+        assignments |= {"weights.group_size": group_size, "activations.group_size": group_size}
+    for setting in settings:
+        name, separator, value = setting.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {setting} must look like NAME=VALUE, such as --set weights.n_bits=3")
+        if name in assignments:
+            raise ConfigError(f"{name} is given twice on the command line; give it once")
+        assignments[name] = value
+    if short.get("n_outliers"):  # outliers are chosen, unless the original order is asked for
+        assignments.setdefault("outliers.reorder", True)
+    return override(find_preset(preset), assignments)
 
 
 def recipe_name(recipe: Recipe) -> str:

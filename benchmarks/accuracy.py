@@ -20,7 +20,7 @@ import torch
 import transformers
 import typer
 
-import atomq
+import atomq.hf
 from atomq import pipeline
 from atomq.commands import console
 from atomq.commands.quantize import build_recipe
@@ -102,7 +102,7 @@ def measure(
         started = time.perf_counter()
         result = pipeline.quantize(model, Path(folder) / "out", recipe, device, lambda *_: None, config)
         seconds = time.perf_counter() - started
-        simulation: Any = atomq.load(result.path)
+        simulation: Any = atomq.hf.load(result.path)
     started = time.perf_counter()
     evaluated = evaluate_perplexity(simulation.to(device), windows, baseline)
     return {

@@ -22,11 +22,11 @@ from tiny_models import save_tiny_model
 import atomq
 from atomq import pipeline
 from atomq.cli import main
-from atomq.commands import quantize as quantize_command
 from atomq.config import setting_names
 from atomq.errors import StorageError
 from atomq.formats.files import Disk
 from atomq.models.families import FAMILIES
+from atomq.presets import SHORT_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (
@@ -1001,7 +1001,7 @@ def test_the_remains_of_a_killed_run_are_no_obstacle(run, tiny_dir, tmp_path, te
 
 
 def test_the_short_options_are_names_of_settings():
-    assert set(quantize_command.SHORT_NAMES.values()) <= set(setting_names())
+    assert set(SHORT_NAMES.values()) <= set(setting_names())
 
 
 def test_calibration_options_that_a_recipe_does_not_use_are_refused(tiny_dir, tmp_path, capsys):

@@ -12,7 +12,7 @@ from tiny_checkpoints import files_outside_reports, shards, stored_tensors
 from tiny_gguf import write_tiny_gguf
 from tiny_models import byte_tokenizer, make_tiny_model, save_tiny_model
 
-import atomq
+import atomq.hf
 from atomq.cli import main
 from atomq.numerics.linear import QuantizedLinear
 
@@ -136,7 +136,7 @@ def test_groups_of_448_channels_are_128_128_128_and_64(capsys, tmp_path, wide_di
     with safe_open(tmp_path / "OUT" / "model-00002-of-00003.safetensors", "pt") as file:
         assert file.get_slice("model.layers.0.mlp.gate_proj.scales").get_shape() == [1024, 4]
         assert file.get_slice("model.layers.0.mlp.gate_proj.qweight").get_shape() == [1024, 224]
-    linear = atomq.load(tmp_path / "OUT").get_submodule("model.layers.0.mlp.gate_proj")
+    linear = atomq.hf.load(tmp_path / "OUT").get_submodule("model.layers.0.mlp.gate_proj")
     assert isinstance(linear, QuantizedLinear)
     original = make_tiny_model(
         "llama",

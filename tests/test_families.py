@@ -13,7 +13,7 @@ from tiny_models import FAMILY_MODELS, TINY_MODELS, make_tiny_model, save_tiny_m
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import atomq
+import atomq.hf
 from atomq.block_loop import calibrate_blocks, quantize_blocks
 from atomq.config import (
     ActivationScheme,
@@ -161,7 +161,7 @@ def test_a_stored_model_is_the_simulation_and_generates(kind, tmp_path):
     """Pack, load, perplexity, generate: what comes off the disk computes exactly what was simulated."""
     source = save_tiny_model(tmp_path / "model", kind)
     quantize_tiny(source, tmp_path / "OUT")
-    simulation, loaded = simulate_tiny(source, tmp_path), atomq.load(tmp_path / "OUT")
+    simulation, loaded = simulate_tiny(source, tmp_path), atomq.hf.load(tmp_path / "OUT")
     simulated, stored = simulation(TOKENS, labels=TOKENS), loaded(TOKENS, labels=TOKENS)
     assert torch.equal(simulated.logits, stored.logits)
     assert torch.equal(simulated.loss, stored.loss)

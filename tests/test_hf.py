@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import atomq
 import atomq.checkpoints
 import atomq.hf
+from atomq import pipeline
 from atomq.config import CalibrationConfig, override
 from atomq.errors import CheckpointError, ConfigError
 from atomq.numerics.linear import QuantizedLinear
@@ -132,7 +133,7 @@ def assert_exact(model, folder: Path) -> None:
 )
 def test_the_simulated_model_and_the_loaded_checkpoint_give_the_same_logits(checkpoint, kind, scheme):
     made = checkpoint(kind, scheme)
-    loaded = atomq.load(made.path)
+    loaded = atomq.hf.load(made.path)
     assert torch.equal(made.model(TOKENS).logits, loaded(TOKENS).logits)
     assert loaded.dtype == torch.float32
 
@@ -141,7 +142,7 @@ def test_the_simulated_model_and_the_loaded_checkpoint_give_the_same_logits(chec
 def test_every_scheme_changes_the_model(checkpoint, source, scheme):
     """Or the comparison above would compare two float models."""
     original = AutoModelForCausalLM.from_pretrained(source("llama"))
-    error = (original(TOKENS).logits - atomq.load(checkpoint("llama", scheme).path)(TOKENS).logits).abs()
+    error = (original(TOKENS).logits - atomq.hf.load(checkpoint("llama", scheme).path)(TOKENS).logits).abs()
     assert 1e-4 < float(error.detach().mean()) < 3
 
 
@@ -155,11 +156,11 @@ def test_with_8_bit_weights_a_reordered_model_is_nearly_the_original(source, tmp
     recipe = override(tiny_checkpoints.recipe_of("atom"), settings)
     text = tiny_checkpoints.calibration_text(tmp_path)
     calibration = CalibrationConfig(str(text), n_samples=4, seq_len=32)
-    atomq.quantize(str(source(kind)), tmp_path / "OUT", recipe, "cpu", calibration=calibration)
+    pipeline.quantize(str(source(kind)), tmp_path / "OUT", recipe, "cpu", calibration=calibration)
     perms = [t for name, t in stored_tensors(tmp_path / "OUT").items() if name.endswith("perm")]
     assert not any(torch.equal(perm, torch.arange(len(perm))) for perm in perms)
     original = AutoModelForCausalLM.from_pretrained(source(kind))(TOKENS).logits
-    error = (atomq.load(tmp_path / "OUT")(TOKENS).logits - original).detach().abs().mean()
+    error = (atomq.hf.load(tmp_path / "OUT")(TOKENS).logits - original).detach().abs().mean()
     assert float(error) < 0.05  # half of the logits would be wrong by 1 if one of them were not
 
 
@@ -171,7 +172,7 @@ def test_a_model_stored_in_16_bits_gives_the_same_logits_too(tmp_path, dtype, sc
     made = made_of(folder, tmp_path / "OUT", scheme)
     dtypes = {t.dtype for name, t in stored_tensors(made.path).items() if name.endswith(".weight")}
     assert dtypes == {dtype}
-    assert torch.equal(made.model(TOKENS).logits, atomq.load(made.path)(TOKENS).logits)
+    assert torch.equal(made.model(TOKENS).logits, atomq.hf.load(made.path)(TOKENS).logits)
 
 
 # Opening by transformers' own names.
@@ -189,11 +190,11 @@ def test_atomq_hf_may_be_imported_and_reloaded_many_times(checkpoint):
     for _ in range(2):
         importlib.reload(importlib.import_module("atomq.hf"))
     made = checkpoint()
-    assert torch.equal(atomq.load(made.path)(TOKENS).logits, made.model(TOKENS).logits)
+    assert torch.equal(atomq.hf.load(made.path)(TOKENS).logits, made.model(TOKENS).logits)
 
 
 def test_the_loaded_model_is_ready_for_use(checkpoint):
-    model = atomq.load(checkpoint().path)
+    model = atomq.hf.load(checkpoint().path)
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert model.config.quantization_config.to_dict()["quant_method"] == "atomq"
@@ -202,7 +203,7 @@ def test_the_loaded_model_is_ready_for_use(checkpoint):
 
 @pytest.mark.parametrize("scheme", ["atom", "kv after rope", "w16a4", "kv only"])
 def test_generate_with_a_cache_gives_what_it_gives_without(checkpoint, scheme):
-    model = atomq.load(checkpoint("llama", scheme).path)
+    model = atomq.hf.load(checkpoint("llama", scheme).path)
     settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     cached = model.generate(TOKENS, use_cache=True, **settings)
     assert cached.shape == (1, TOKENS.shape[1] + 8)
@@ -210,7 +211,7 @@ def test_generate_with_a_cache_gives_what_it_gives_without(checkpoint, scheme):
 
 
 def test_generate_takes_a_padded_batch(checkpoint):
-    model = atomq.load(checkpoint("llama", "kv after rope").path)
+    model = atomq.hf.load(checkpoint("llama", "kv after rope").path)
     settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     alone = model.generate(TOKENS[:, :6], attention_mask=torch.ones(1, 6, dtype=torch.long), **settings)
     padded = torch.cat((torch.zeros(1, 3, dtype=torch.long), TOKENS[:, :6]), dim=1)
@@ -222,7 +223,7 @@ def test_generate_takes_a_padded_batch(checkpoint):
 
 @pytest.mark.parametrize("scheme", ["atom", "w8a8", "asymmetric"])
 def test_one_token_alone_gives_finite_logits(checkpoint, scheme):
-    assert bool(atomq.load(checkpoint("llama", scheme).path)(TOKENS[:, :1]).logits.isfinite().all())
+    assert bool(atomq.hf.load(checkpoint("llama", scheme).path)(TOKENS[:, :1]).logits.isfinite().all())
 
 
 @pytest.mark.parametrize("scheme", ["hadamard", "fp4 bnb", "w16a4"])
@@ -266,7 +267,7 @@ def test_codes_and_scales_survive_half_in_every_family(checkpoint, kind):
 @pytest.mark.parametrize("scheme", ["e5m2 outliers", "e4m3 outliers", "fp16 outliers", "progressive"])
 def test_every_kind_of_float_code_survives_half(checkpoint, scheme):
     folder = checkpoint("llama", scheme).path
-    model = atomq.load(folder)
+    model = atomq.hf.load(folder)
     before = model(TOKENS).logits
     assert_exact(model.half(), folder)
     assert_exact(model.float(), folder)
@@ -287,7 +288,7 @@ def test_float_codes_are_those_of_the_file_whatever_transformers_made_of_them(ch
 
 def test_the_16_bit_weights_of_a_reordered_model_keep_their_perm_in_half(checkpoint):
     folder = checkpoint("llama", "w16a4").path
-    model = atomq.load(folder, dtype="float16")
+    model = atomq.hf.load(folder, dtype="float16")
     perms = {name: t for name, t in stored_tensors(folder).items() if name.endswith("perm")}
     assert len(perms) == 8
     for name, perm in perms.items():
@@ -309,7 +310,7 @@ def test_scales_that_need_float32_keep_it(tiny_scale_checkpoint, dtype):
 
 def test_scales_that_need_float32_give_the_simulated_logits(tiny_scale_checkpoint):
     made = tiny_scale_checkpoint
-    assert torch.equal(made.model(TOKENS).logits, atomq.load(made.path)(TOKENS).logits)
+    assert torch.equal(made.model(TOKENS).logits, atomq.hf.load(made.path)(TOKENS).logits)
 
 
 # Saving again.
@@ -391,7 +392,7 @@ def set_first(value: float):
 def test_one_altered_value_alters_the_logits(checkpoint, spoilable, name, change):
     folder = spoilable()
     change_tensor(folder, f"model.layers.1.{name}", change)
-    altered = atomq.load(folder, check_hashes=True)
+    altered = atomq.hf.load(folder, check_hashes=True)
     assert not torch.equal(altered(TOKENS).logits, checkpoint().model(TOKENS).logits)
 
 
@@ -403,7 +404,7 @@ def test_the_flag_of_each_group_says_whether_it_is_transformed(checkpoint, spoil
         config["quantization_config"]["family"]["groups"][index]["transformed"] = False
 
     change_json(folder / "config.json", change)
-    altered = atomq.load(folder, check_hashes=True)
+    altered = atomq.hf.load(folder, check_hashes=True)
     assert not torch.allclose(altered(TOKENS).logits, checkpoint("llama", "hadamard").model(TOKENS).logits)
 
 
@@ -426,7 +427,7 @@ def test_values_that_no_writer_makes_are_refused_by_name(spoilable, scheme, name
     folder = spoilable("llama", scheme)
     change_tensor(folder, f"model.layers.0.{name}", change)
     with pytest.raises(CheckpointError, match=rf"model\.layers\.0\.{name} holds values that are {rule}"):
-        atomq.load(folder, check_hashes=True)
+        atomq.hf.load(folder, check_hashes=True)
 
 
 # Refusals.
@@ -492,19 +493,19 @@ def test_a_config_that_does_not_fit_is_refused(spoilable, change, words):
     folder = spoilable()
     change_json(folder / "config.json", change)
     with pytest.raises(CheckpointError, match=words):
-        atomq.load(folder)
+        atomq.hf.load(folder)
     with pytest.raises(CheckpointError, match=words):
         atomq.checkpoints.describe(folder, check_hashes=False)
 
 
 def test_a_dtype_that_is_none_of_the_three_is_refused(checkpoint):
     with pytest.raises(ConfigError, match="dtype 'int8' is not one of float32, float16, bfloat16"):
-        atomq.load(checkpoint().path, dtype="int8")
+        atomq.hf.load(checkpoint().path, dtype="int8")
 
 
 def test_a_float_model_is_no_checkpoint(source):
     with pytest.raises(CheckpointError, match="is not quantized"):
-        atomq.load(source("llama"))
+        atomq.hf.load(source("llama"))
     assert not atomq.checkpoints.is_checkpoint(source("llama"))
 
 

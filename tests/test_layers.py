@@ -45,6 +45,8 @@ BELOW_COMMANDS = {
     "report",
     "environment",
     "runtime",
+    "opening",
+    "api",
 }
 # Part -> what it may import besides its own modules and EVERYWHERE. A dotted name allows that module only.
 LAW = {
@@ -55,6 +57,8 @@ LAW = {
     "numerics": set(),
     "kernels": {"numerics"},
     "environment": {"kernels"},
+    "opening": {"checkpoints", "hf", "kernels", "models"},
+    "api": BELOW_COMMANDS - {"api"},
     "method": {"numerics", "kernels"},
     "models": {"numerics"},
     "formats": {"numerics", "models.families"},
@@ -87,7 +91,7 @@ LAW = {
     "commands": BELOW_COMMANDS,
     "cli": {"commands"},
     "__main__": {"cli"},
-    "": {"hf", "pipeline"},  # for type checkers only, see test below
+    "": {"api"},  # for type checkers only, see test below
 }
 ALWAYS, LAZILY, TYPES = "module", "function", "typing"
 # Library -> module or part -> how it may be imported there: "module" is at the top and everything weaker,
@@ -111,11 +115,13 @@ LIBRARIES = {
     | {"checkpoints": ALWAYS, "block_quantizer": ALWAYS, "export": ALWAYS}
     | {"report.facts": ALWAYS, "distributed": ALWAYS, "assist": ALWAYS}
     | {"environment": LAZILY, "runtime": ALWAYS}
+    | {"api": ALWAYS}
     | {"commands": LAZILY},
     "numpy": dict.fromkeys(("kernels", "models", "eval"), ALWAYS),
     "transformers": dict.fromkeys(
         ("models", "hf", "checkpoints", "pipeline", "assist", "block_loop", "facts"), ALWAYS
     )
+    | {"opening": ALWAYS, "api": ALWAYS}
     | {"commands": LAZILY, "eval": TYPES, "runtime": TYPES},
     "huggingface_hub": {"models": ALWAYS},
     "tokenizers": {"models": ALWAYS},

@@ -18,8 +18,6 @@ from atomq.commands.options import (
     SeedOption,
     SeqLenOption,
 )
-from atomq.config import CalibrationConfig, OutlierScheme
-from atomq.errors import ConfigError
 
 if TYPE_CHECKING:
     from atomq.pipeline import CalibrationResult
@@ -48,25 +46,25 @@ def command(
     device: DeviceOption = "auto",
     json_output: JsonOption = False,
 ) -> None:
-    outliers = OutlierScheme(n_outliers, "int8", metric, reorder=True)  # type: ignore[arg-type] # it checks
-    config = CalibrationConfig(calib_data, n_samples, seq_len, seed, moe_calibrate_all)
-    for path in (output, *([] if plot is None else [plot])):
-        if path.is_dir() or not path.name:
-            raise ConfigError(f"{path} is a folder; name a file")
-    picture = plot or output.with_suffix(".png")
-    if picture.suffix not in (".png", ".svg"):
-        raise ConfigError(f"--plot {picture.name} must end in .png or .svg")
-    if picture == output:
-        raise ConfigError(f"{output} cannot be both the artefact and the picture; name another --output")
-    for path in (output, picture):
-        if path.exists() and not overwrite:
-            raise ConfigError(f"{path} exists; name another file or add --overwrite")
-    from atomq import pipeline
+    from atomq import api
 
     with console.progress("calibrate") as on_progress:
-        result = pipeline.calibrate(
-            model, output, config, outliers, pipeline.choose_device(device), on_progress, picture
+        result = api.calibrate(
+            model,
+            output,
+            plot=plot,
+            metric=metric,  # type: ignore[arg-type] # it is checked there
+            n_outliers=n_outliers,
+            calib_data=calib_data,
+            n_samples=n_samples,
+            seq_len=seq_len,
+            seed=seed,
+            moe_calibrate_all=moe_calibrate_all,
+            overwrite=overwrite,
+            device=device,
+            on_progress=on_progress,
         )
+    picture = plot or output.with_suffix(".png")
     rows = [[name, *cells] for name, cells in strongest(result, metric, n_outliers)]
     if json_output:
         groups = {

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from atomq.commands import console
-from atomq.commands.opening import choose_backend, open_model
 from atomq.commands.options import BackendOption, DeviceOption, JsonOption, NoRecordOption
-from atomq.commands.recording import keep_record, record_name
+from atomq.commands.recording import keep_record
 
 HELP = "Perplexity of a model or checkpoint (GPTQ protocol), and the KL divergence from a baseline."
 
@@ -44,58 +43,33 @@ def command(
     no_record: NoRecordOption = False,
     json_output: JsonOption = False,
 ) -> None:
-    from atomq import distributed
+    from atomq import api, distributed
     from atomq.checkpoints import is_checkpoint
-    from atomq.eval.perplexity import PerplexityProgress, evaluate_perplexity
-    from atomq.eval.windows import evaluation_windows
-    from atomq.pipeline import choose_device
 
-    place = choose_device(device)
-    with distributed.processes(place):
-        tested, tokenizer = open_model(model, str(place), dtype, check_hashes=not no_check)
-        choose_backend(tested, backend)
-        windows = evaluation_windows(tokenizer, data, seq_len, max_windows)
-        windows.check_vocabulary(tested.config.vocab_size)
-        longest = getattr(tested.config, "max_position_embeddings", seq_len)
-        if seq_len > longest:
-            console.warn(
-                [f"windows of {seq_len} tokens are longer than the {longest} positions of the model"]
-            )
-        reference = None
-        if baseline is not None:
-            reference, _ = open_model(baseline, str(place), dtype, check_hashes=not no_check)
-        with console.progress("eval-ppl") as on_progress:
-
-            def on_window(so_far: PerplexityProgress) -> None:
-                on_progress(so_far.done, so_far.total, f"PPL {so_far.ppl:.4f}")
-
-            result = evaluate_perplexity(tested, windows, reference, on_window)
-    record: dict[str, Any] = {
-        "model": Path(model).name if Path(model).exists() else model,
-        "data": windows.corpus,
-        "layout": windows.layout,
-        "seq_len": result.seq_len,
-        "n_windows": result.n_windows,
-        "n_tokens": result.n_tokens,
-        "dtype": dtype,
-        "device": place.type,
-        "backend": backend,
-        "ppl": result.ppl,
-    }
-    if baseline is not None:
-        record |= {
-            "baseline": Path(baseline).name if Path(baseline).exists() else baseline,
-            "baseline_ppl": result.baseline_ppl,
-            "kl": result.kl,
-        }
+    console.silence_libraries()
+    with console.progress("eval-ppl") as on_progress:
+        found = api.evaluate_ppl(
+            model,
+            data=data,
+            seq_len=seq_len,
+            max_windows=max_windows,
+            baseline=baseline,
+            no_check=no_check,
+            device=device,
+            dtype=dtype,
+            backend=backend,
+            no_record=True,
+            on_progress=on_progress,
+        )
+    console.warn(list(found.warnings))
+    record, result = found.record, found.result
     if is_checkpoint(Path(model)) and not no_record and distributed.is_first():
-        name = record_name("eval-ppl", windows.corpus, f"{result.n_windows}x{result.seq_len}")
-        keep_record(Path(model), name, record)
+        keep_record(Path(model), api.ppl_record_name(found), record)
     if json_output:
         console.print_json(record)
         return
     rows = [[record["model"], f"{result.ppl:.4f}", "" if result.kl is None else f"{result.kl:.5f}"]]
     if result.baseline_ppl is not None:
         rows.insert(0, [record["baseline"], f"{result.baseline_ppl:.4f}", ""])
-    title = f"{windows.corpus}: {result.n_windows} windows of {result.seq_len} tokens"
+    title = f"{record['data']}: {result.n_windows} windows of {result.seq_len} tokens"
     console.print_table(title, ["model", "perplexity", "KL from baseline (nats)"], rows)

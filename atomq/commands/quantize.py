@@ -18,20 +18,13 @@ from atomq.commands.options import (
     SeedOption,
     SeqLenOption,
 )
-from atomq.config import CalibrationConfig, Recipe, override, to_dict
+from atomq.config import CalibrationConfig, to_dict
 from atomq.errors import ConfigError
-from atomq.presets import DEFAULT_PRESET, PRESET_HELP, find_preset
+from atomq.presets import DEFAULT_PRESET, PRESET_HELP, build_recipe
 from atomq.units import human_bytes
 
 PRESETS_TEXT = "\n\n".join(f"- {name}: {text}" for name, text in PRESET_HELP.items())
 HELP = f"Quantize MODEL and write the checkpoint OUT.\n\nPresets:\n\n{PRESETS_TEXT}"
-# Short names for the settings that people change most; `--set` reaches all others.
-SHORT_NAMES = {
-    "w_bits": "weights.n_bits",
-    "a_bits": "activations.n_bits",
-    "kv_bits": "kv.n_bits",
-    "n_outliers": "outliers.n_outliers",
-}
 
 
 def command(
@@ -89,7 +82,7 @@ def command(
     if show_recipe:
         console.print_json(to_dict(recipe))
         return
-    from atomq import distributed, pipeline
+    from atomq import api, distributed, pipeline
     from atomq.assist import assist
     from atomq.commands import checking
     from atomq.eval.verify import parse_arithmetic
@@ -136,30 +129,7 @@ def command(
     else:
         _print_summary(path, summary, "not asked for" if proof is None else checking.summary_line(proof))
     if proof is not None:
-        checking.refuse_failed(proof)
-
-
-def build_recipe(
-    preset: str, short: dict[str, int | None], group_size: str | None, settings: list[str]
-) -> Recipe:
-    """The preset with the options given on the command line put over it.
-
-    Raises:
-        ConfigError: unknown preset or setting, or an impossible combination.
-    """
-    assignments: dict[str, Any] = {SHORT_NAMES[k]: v for k, v in short.items() if v is not None}
-    if group_size is not None:
-        assignments |= {"weights.group_size": group_size, "activations.group_size": group_size}
-    for setting in settings:
-        name, separator, value = setting.partition("=")
-        if not separator:
-            raise ConfigError(f"--set {setting} must look like NAME=VALUE, such as --set weights.n_bits=3")
-        if name in assignments:
-            raise ConfigError(f"{name} is given twice on the command line; give it once")
-        assignments[name] = value
-    if short.get("n_outliers"):  # outliers are chosen, unless the original order is asked for
-        assignments.setdefault("outliers.reorder", True)
-    return override(find_preset(preset), assignments)
+        api.refuse_failed(proof)
 
 
 def _print_summary(path: Path, summary: dict[str, Any], proof: str) -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from atomq.commands import console
 from atomq.errors import StorageError
+from atomq.report.naming import record_name
 
-
-def record_name(*parts: object) -> str:
-    """A file name from parts, such as "eval-ppl-builtin-4x1024"; anything odd becomes "_"."""
-    return "-".join(re.sub(r"[^A-Za-z0-9._-]+", "_", str(part)) for part in parts)
+__all__ = ["keep_record", "record_name"]
 
 
 def keep_record(checkpoint: Path, name: str, record: dict[str, Any]) -> None:

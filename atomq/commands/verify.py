@@ -29,7 +29,8 @@ def command(
     no_record: NoRecordOption = False,
     json_output: JsonOption = False,
 ) -> None:
-    from atomq.commands.checking import prove_checkpoint, refuse_failed, summary_line, verification_record
+    from atomq.api import refuse_failed, verification_record
+    from atomq.commands.checking import prove_checkpoint, summary_line
     from atomq.eval.verify import parse_arithmetic
     from atomq.pipeline import choose_device
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from tiny_checkpoints import quantize_tiny, simulate_tiny, stored_tensors
 from tiny_models import make_tiny_model, save_tiny_model
 
-import atomq
+import atomq.hf
 from atomq.block_loop import calibrate_blocks, quantize_blocks
 from atomq.config import (
     ActivationScheme,
@@ -211,7 +211,7 @@ def test_checkpoints_with_any_kind_of_expert_weight_open(scheme, tmp_path):
     """Float weights of experts have names that transformers would fuse."""
     source = save_tiny_model(tmp_path / "model", "qwen3_moe")
     quantize_tiny(source, tmp_path / "OUT", scheme)
-    loaded = atomq.load(tmp_path / "OUT")
+    loaded = atomq.hf.load(tmp_path / "OUT")
     assert torch.equal(loaded(TOKENS).logits, simulate_tiny(source, tmp_path, scheme)(TOKENS).logits)
     loaded.save_pretrained(tmp_path / "again")
     assert stored_tensors(tmp_path / "again").keys() == stored_tensors(tmp_path / "OUT").keys()
