@@ -83,6 +83,7 @@ LAW = {
         ),
     },
     "checkpoints": {"models", "formats", "numerics"},
+    "integrations": {"kernels", "models.families", "formats", "numerics"},
     "export": {"checkpoints", "models", "formats", "numerics"},
     "hf": {"checkpoints", "models", "formats", "numerics"},
     "progress": set(),
@@ -112,7 +113,7 @@ LIBRARIES = {
         ),
         ALWAYS,
     )
-    | {"checkpoints": ALWAYS, "block_quantizer": ALWAYS, "export": ALWAYS}
+    | {"checkpoints": ALWAYS, "block_quantizer": ALWAYS, "export": ALWAYS, "integrations": ALWAYS}
     | {"report.facts": ALWAYS, "distributed": ALWAYS, "assist": ALWAYS}
     | {"environment": LAZILY, "runtime": ALWAYS}
     | {"api": ALWAYS}
@@ -132,6 +133,7 @@ LIBRARIES = {
     "matplotlib": {"formats.channel_plot": ALWAYS, "formats.gemm_plot": ALWAYS},
     "datasets": {"eval.corpora": LAZILY},
     "lm_eval": {"eval.tasks": LAZILY},
+    "vllm": {"integrations.vllm_method": ALWAYS},
     "pyarrow": {"eval.corpora": LAZILY},
     "cupy": {"kernels.loader": LAZILY, "kernels.probe": LAZILY},
     "humming": {"eval.gemm_peers": LAZILY},

@@ -1,0 +1,1 @@
+"""The native format in serving engines. Experimental: docs/serving.md says what was run."""
