@@ -22,6 +22,7 @@ from tiny_models import save_tiny_model
 import atomq
 from atomq import pipeline
 from atomq.cli import main
+from atomq.commands.generate import _Continuation
 from atomq.config import setting_names
 from atomq.errors import StorageError
 from atomq.formats.files import Disk
@@ -323,9 +324,43 @@ def test_generate_prints_one_json_document_or_the_text(run, made):
     assert text == f"seven wizards{document['text']}\n"
 
 
+def test_generate_takes_a_batch_of_prompts_and_a_file_of_more(run, made, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("mix\n\nseven wizards\n", encoding="utf-8")
+    options, texts = ["--max-new-tokens", 4, "--json"], ("quick", "mix", "seven wizards")
+    alone = [only_document(run("generate", made, text, *options)[1]) for text in texts]
+    together = only_document(run("generate", made, "quick", "--prompts", file, *options)[1])
+    for one, other in zip(together["generations"], alone, strict=True):
+        assert one.items() <= other.items()
+    code, text, _ = run("generate", made, "quick", "mix", *options[:2])
+    assert code == 0
+    assert text == "".join(f"{one['prompt']}{one['text']}\n\n" for one in alone[:2])
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_generate_ends_where_a_stop_text_begins(streams, capsys):
+    class Letters:
+        def decode(self, ids, **_settings):
+            return bytes(ids).decode("utf-8", errors="replace")
+
+    def shown(text, stops):
+        continuation = _Continuation(Letters(), stops, streams)
+        going = [continuation.add(byte) for byte in text.encode()]
+        assert going[-1] == (not any(stop in text for stop in stops))
+        result = continuation.finish()
+        assert capsys.readouterr().out == (result if streams else "")
+        return result
+
+    assert shown("one, two", []) == "one, two"
+    assert shown("one, tw", ["two"]) == "one, tw"
+    assert shown("one, two", ["two", "three"]) == "one, "
+    assert shown("caf\u00e9 \u2013 a", ["\u2013 a"]) == "caf\u00e9 "
+
+
 def test_generate_samples_by_its_seed(run, made):
     argv = ["generate", made, "mix", "--max-new-tokens", 12, "--temperature", 5.0, "--json", "--seed"]
     first, second, other = (run(*argv, seed)[1] for seed in (1, 1, 2))
+    first, second, other = (only_document(text)["text"] for text in (first, second, other))
     assert first == second
     assert first != other
 
@@ -816,6 +851,10 @@ def test_a_tensor_of_another_shape_is_refused_by_name(refused, out, reading):
 def test_an_impossible_generation_is_refused(refused, made, options):
     refused("--max-new-tokens of at least 1", "generate", made, "mix", *options)
     refused("give a prompt", "generate", made, "")
+    refused("give a prompt", "generate", made)
+    refused("--stop takes a text", "generate", made, "mix", "--stop", "")
+    refused("cannot be read as UTF-8 text", "generate", made, "--prompts", made / "nothing.txt")
+    refused("top_p 2.0", "generate", made, "mix", "--top-p", 2)
     refused("dtype 'int4' is not one of", "generate", made, "mix", "--dtype", "int4")
     refused("OUT has no chat template", "generate", made, "mix", "--chat")
 

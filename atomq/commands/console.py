@@ -64,6 +64,12 @@ def print_line(text: str) -> None:
     out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def print_piece(text: str) -> None:
+    """A piece of a line for people on stdout at once, exactly as it is."""
+    out.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+    out.file.flush()
+
+
 def warn(sentences: list[str]) -> None:
     for sentence in sentences:
         err.print(f"[yellow]warning:[/] {escape(sentence)}", highlight=False, soft_wrap=True)
