@@ -104,6 +104,7 @@ class Report:
     """All that report.json holds.
 
     Attributes:
+        starved: calibration tokens of each expert of a mixture that saw too few, by full name.
         records: every other JSON record in reports/, by file name without the ending.
         about: recipe, source, calibration, versions and host, as manifest and run recorded them.
     """
@@ -113,6 +114,7 @@ class Report:
     linears: list[LinearFacts]
     outliers: list[OutlierMap]
     scales: list[ScaleHistogram]
+    starved: dict[str, int]
     records: dict[str, Any]
     about: dict[str, Any]
 
@@ -143,10 +145,11 @@ def gather(folder: Path) -> Report:
     about = {name: manifest[name] for name in ("recipe", "source", "calibration", "versions")}
     return Report(
         summary=_summary(scheme, headers, run, manifest),
-        warnings=[*map(str, manifest["warnings"]), *_starved(run), *unreadable],
+        warnings=[*map(str, manifest["warnings"]), *unreadable],
         linears=linears,
         outliers=_outlier_maps(folder, headers, scheme),
         scales=_scale_histograms(folder, headers),
+        starved=run.get("starved_experts") or {},
         records=records,
         about=about | {"host": run.get("host"), "scheme": config.get("scheme")},
     )
@@ -241,15 +244,6 @@ def _summary(
         seconds=run.get("seconds") or {},
         peaks={place: n_bytes for place, n_bytes in peaks.items() if n_bytes},
     )
-
-
-def _starved(run: Mapping[str, Any]) -> list[str]:
-    """A warning for experts that no calibration token reached, where the run counted tokens."""
-    counted = [entry for entry in run.get("linears", ()) if entry.get("n_tokens") is not None]
-    starved = [str(entry["name"]) for entry in counted if entry["n_tokens"] == 0]
-    if not starved:
-        return []
-    return [f"{len(starved)} of {len(counted)} linears saw no calibration token; the first: {starved[0]}"]
 
 
 def _outlier_maps(folder: Path, headers: Mapping[str, TensorSpec], scheme: QuantScheme) -> list[OutlierMap]:

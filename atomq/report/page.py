@@ -27,7 +27,7 @@ def report_page(report: Report) -> str:
     body = (
         f"<header><h1>{escape(title)}</h1><p class=soft>{escape(lead)}</p></header><main>"
         f"{_cards(report)}{_warnings(report.warnings)}{_errors(report.linears)}{record_sections(report.records)}"
-        f"{_outliers(report)}{_scales(report)}{_time(report)}{_about(report)}</main>"
+        f"{_experts(report.starved)}{_outliers(report)}{_scales(report)}{_time(report)}{_about(report)}</main>"
     )
     return document(title, body)
 
@@ -150,6 +150,19 @@ def _linear_table(linears: list[LinearFacts]) -> str:
     cut = f" (the {MOST_TABLE_ROWS} with the largest error)" if len(linears) > MOST_TABLE_ROWS else ""
     return f"<details><summary>All {len(linears)} linears as a table{cut}</summary>" + (
         table("worst first", columns, rows) + "</details>"
+    )
+
+
+def _experts(starved: dict[str, int]) -> str:
+    """The experts that had to be calibrated on all tokens, with those that the router gave them."""
+    if not starved:
+        return ""
+    ranked = sorted(starved.items(), key=lambda item: item[1])[:MOST_TABLE_ROWS]
+    rows = [[escape(name), str(n_tokens)] for name, n_tokens in ranked]
+    body = table("fewest first", ["expert", "tokens"], rows)
+    return (
+        f"<section><h2>Starved experts</h2><p>{len(starved)} experts saw too few calibration tokens and were "
+        f"calibrated on all of them.</p><details><summary>Which</summary>{body}</details></section>"
     )
 
 

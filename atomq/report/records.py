@@ -68,6 +68,27 @@ def ladder(record: Mapping[str, Any]) -> str:
     return table("perplexity after each step", ["step", "perplexity", ""], cells, "ladder") + note
 
 
+def tasks(record: Mapping[str, Any]) -> str:
+    """Accuracies of `atomq eval-tasks` by the paper's rule, beside the baseline's if there is one."""
+    before = record.get("baseline_tasks") or {}
+    rows = [
+        [
+            escape(name),
+            escape(score["metric"]),
+            str(score["n_items"]),
+            _accuracy(score),
+            _accuracy(before[name]) if name in before else "",
+        ]
+        for name, score in record["tasks"].items()
+    ]
+    columns = ["task", "metric", "items", str(record["model"]), str(record.get("baseline", ""))]
+    return table(f"accuracy in percent, {record['num_fewshot']}-shot", columns, rows)
+
+
+def _accuracy(score: Mapping[str, Any]) -> str:
+    return f"{100 * score['value']:.2f} ± {100 * score['stderr']:.2f}"
+
+
 def verification(record: Mapping[str, Any]) -> str:
     n_all, n_failed = record["n_linears"], record["n_failed"]
     by = ", ".join(f"{n} by {how}" for how, n in record["computed_by"].items())
@@ -128,6 +149,7 @@ def _numeric(index: int) -> str:
 Show = Callable[[Mapping[str, Any]], str]
 _SHOWN: dict[str, tuple[str, Show]] = {
     "eval-ppl": ("Perplexity", perplexity),
+    "eval-tasks": ("Zero-shot tasks", tasks),
     "ablation": ("Ladder", ladder),
     "verify": ("Verification", verification),
     "gemm": ("GEMM", gemm),

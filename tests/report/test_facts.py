@@ -129,15 +129,11 @@ def test_a_record_that_cannot_be_read_is_named_and_left_out(out, content):
     assert sentence.startswith("reports/broken.json was left out: ")
 
 
-def test_experts_that_saw_no_token_are_warned_about(out):
+def test_starved_experts_are_taken_from_the_run(out):
     path = out / "reports" / "quantize.json"
-    record = json.loads(path.read_text())
-    for index, entry in enumerate(record["linears"]):
-        entry["n_tokens"] = 0 if index < 2 else 64
+    record = json.loads(path.read_text()) | {"starved_experts": {"model.layers.0.mlp.experts.3": 5}}
     path.write_text(json.dumps(record))
-    first = record["linears"][0]["name"]
-    warnings = facts.gather(out).warnings
-    assert f"2 of 14 linears saw no calibration token; the first: {first}" in warnings
+    assert facts.gather(out).starved == {"model.layers.0.mlp.experts.3": 5}
 
 
 def test_without_the_run_s_own_record_the_rest_stays(out):

@@ -30,7 +30,7 @@ def made_up(linears: list[LinearFacts], **fields) -> Report:
     summary = Summary(
         "model", "W4A4KV4", "atom", {"weight": 4.5, "activation": 5.0, "kv": 4.5}, 10**6, 3 * 10**6, {}, {}
     )
-    empty = {"warnings": [], "outliers": [], "scales": [], "records": {}, "about": {}}
+    empty = {"warnings": [], "outliers": [], "scales": [], "starved": {}, "records": {}, "about": {}}
     return Report(**{"summary": summary, "linears": linears, **empty, **fields})
 
 
@@ -169,17 +169,34 @@ def test_records_of_known_kinds_have_a_form_of_their_own():
         "n_linears": 14, "n_failed": 0, "failed": [], "computed_by": {"torch": 14}, "tolerance": 1e-6,
         "largest_error": 2e-7,
     }  # fmt: skip
-    records = {"ablation": {"rows": rows}, "gemm-here": gemm, "verify": verify, "other": {"seconds": 3.25}}
+    score = {"metric": "acc_norm", "value": 0.4321, "stderr": 0.0123, "n_items": 200}
+    asked = {"model": "OUT", "num_fewshot": 0, "tasks": {"piqa": score}, "baseline": "MODEL",
+             "baseline_tasks": {"piqa": {**score, "value": 0.5}}}  # fmt: skip
+    records = {
+        "ablation": {"rows": rows},
+        "eval-tasks-piqa-0-shot-200": asked,
+        "gemm-here": gemm,
+        "verify": verify,
+        "other": {"seconds": 3.25},
+    }
     text = report_page(made_up([], records=records))
     page = StrictPage(text)
-    assert {"Ladder", "GEMM", "Verification", "other"} <= set(page.texts["h2"])
+    assert {"43.21 ± 1.23", "50.00 ± 1.23", "acc_norm"} <= set(page.texts["td"])
+    assert {"Zero-shot tasks", "Ladder", "GEMM", "Verification", "other"} <= set(page.texts["h2"])
     assert {"rounded", "all of it", "40.000", "seconds", "3.25"} <= set(page.texts["td"])
     assert "every one passes" in text
     assert "28672 x 8192" in page.texts["caption"]
     assert len(text.encode()) < 500_000
 
 
-@pytest.mark.parametrize("name", ["eval-ppl", "ablation", "verify", "gemm"])
+def test_starved_experts_are_listed():
+    text = report_page(made_up([], starved={"layers.0.experts.3": 7, "layers.1.experts.0": 2}))
+    cells = StrictPage(text).texts["td"]
+    assert cells.index("layers.1.experts.0") < cells.index("layers.0.experts.3")
+    assert "2 experts saw too few calibration tokens" in text
+
+
+@pytest.mark.parametrize("name", ["eval-ppl", "eval-tasks", "ablation", "verify", "gemm"])
 def test_a_record_of_unexpected_form_is_shown_as_it_is(name):
     page = StrictPage(report_page(made_up([], records={name: {"surprise": 7, "list": [1, 2]}})))
     assert {"surprise", "7"} <= set(page.texts["td"])
