@@ -94,7 +94,12 @@ class AtomqQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise CheckpointError("an atomq checkpoint is loaded from its files, not from a state dict")
         self._folder = Path(checkpoint_files[0]).parent
-        unfuse_experts(model, family)
+        try:
+            unfuse_experts(model, family)
+        except AttributeError as error:
+            raise CheckpointError(
+                f"config.json: the table of linear groups does not fit the model ({error})"
+            ) from error
         headers = tensor_headers(self._folder)
         check_tensors(headers, expected_tensors(model, family, scheme))
         self._exact: set[str] = set()

@@ -131,7 +131,7 @@ def _has_module(block: nn.Module, path: str) -> bool:
 
 def _count_tokens(block: nn.Module, experts: Experts, inputs: BlockInputs) -> list[int]:
     """Tokens that the router sends to each of `experts`, from a pass that ends at the router."""
-    counts = torch.zeros(len(experts), dtype=torch.int64, device=inputs.hidden.device)
+    counts = torch.zeros(len(experts), dtype=torch.int64, device=inputs.device)
 
     def count(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         counts.add_(torch.bincount(args[1].flatten(), minlength=len(experts)))

@@ -60,7 +60,7 @@ _CONFIG_ERRORS = (
     TypeError,
     KeyError,
     AttributeError,
-    ZeroDivisionError,
+    ArithmeticError,
     StrictDataclassError,
 )
 
@@ -305,5 +305,6 @@ def is_local_path(value: object) -> bool:
 
 
 def _one_line(error: BaseException) -> str:
-    """The message of an error of another library, which may run over many lines."""
-    return " ".join(str(error).split())
+    """The message of an error of another library, which may run over many lines, or repeat a whole file."""
+    words = " ".join(str(error).split())
+    return words if len(words) <= 500 else f"{words[:500]} ..."
