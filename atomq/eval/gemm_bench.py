@@ -203,7 +203,7 @@ def environment(ceilings: Ceilings) -> dict[str, Any]:
         "l2_bytes": properties.L2_cache_size,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "copy_gb_per_s": 1e-9 * ceilings.bandwidth,
+        "copy_bytes_per_s": ceilings.bandwidth,
         "int8_tops": 1e-12 * ceilings.operations if known else None,
         **describe_method(),
     }
