@@ -119,9 +119,9 @@ def export(
     bound = bind_format(format_name, opened.scheme, linear_shapes(opened.model, opened.family))
     manifest = read_manifest(checkpoint)
     notes = bound.notes()
-    with CheckpointWriter(dest, overwrite=overwrite) as writer:
+    with CheckpointWriter(dest, overwrite=overwrite, restart=True) as writer:
         n_blocks = opened.model.config.num_hidden_layers
-        writer.n_shards = n_blocks + 1
+        writer.begin({"exported_as": format_name}, n_shards=n_blocks + 1)
         outside = {name for name in opened.headers if not name.startswith(f"{opened.family.blocks}.")}
         writer.write_shard(1, _cast(dict(read_tensors(checkpoint, outside)), bound.dtype))
         for index, block in enumerate(read_blocks(checkpoint, opened)):

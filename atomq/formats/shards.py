@@ -15,9 +15,11 @@ import torch
 
 from atomq.formats.schema import DTYPE_NAMES
 
+WRITTEN_NAMES = {torch.int64: "I64", **DTYPE_NAMES}  # checkpoints hold no I64, exports do
 # The library's order of dtypes in a file.
 _RANK = {
-    name: rank for rank, name in enumerate(("F32", "I32", "BF16", "F16", "F8_E4M3", "F8_E5M2", "I8", "U8"))
+    name: rank
+    for rank, name in enumerate(("I64", "F32", "I32", "BF16", "F16", "F8_E4M3", "F8_E5M2", "I8", "U8"))
 }
 
 
@@ -44,13 +46,13 @@ def shard_bytes(tensors: Mapping[str, ShardTensor]) -> Iterator[bytes | memoryvi
     Raises:
         ValueError: the pieces of a tensor are not of its dtype and size.
     """
-    order = sorted(tensors, key=lambda name: (_RANK[DTYPE_NAMES[tensors[name].dtype]], name))
+    order = sorted(tensors, key=lambda name: (_RANK[WRITTEN_NAMES[tensors[name].dtype]], name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name in order:
         dtype, shape, _ = tensors[name]
         end = at + tensors[name].n_bytes
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        header[name] = {"dtype": WRITTEN_NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)

@@ -50,6 +50,15 @@ def test_the_folder_is_whole_with_tokenizer_card_and_manifest(checkpoint, plain)
     assert "quantization_config" not in json.loads((plain / "config.json").read_text())
 
 
+def test_what_a_killed_export_left_behind_is_not_taken_over(checkpoint, tmp_path):
+    leftover = tmp_path / ".DEST.partial" / "checkpoint" / "model-00002-of-00003.safetensors"
+    leftover.parent.mkdir(parents=True)
+    leftover.write_bytes(b"half")
+    assert main(["export", str(checkpoint), str(tmp_path / "DEST"), "--format", "hf"]) == 0
+    assert check_files(tmp_path / "DEST", hashes=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["DEST"]
+
+
 def test_an_export_replaces_an_export_only_if_told_to(checkpoint, tmp_path, capsys):
     argv = ["export", str(checkpoint), str(tmp_path / "DEST"), "--format", "hf", "--json"]
     assert main(argv) == 0

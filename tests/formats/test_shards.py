@@ -6,17 +6,16 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from atomq.formats.schema import DTYPES
-from atomq.formats.shards import ShardTensor, shard_bytes, whole
+from atomq.formats.shards import WRITTEN_NAMES, ShardTensor, shard_bytes, whole
 
 
 def test_the_bytes_are_those_of_the_library():
     generator = torch.Generator().manual_seed(0)
     tensors = {}
-    for number, (name, dtype) in enumerate(DTYPES.items()):
+    for number, (dtype, name) in enumerate(WRITTEN_NAMES.items()):
         for shape in ((3, 5), (1,), (0,), (2, 2, 2), ()):
             raw = torch.randint(0, 100, shape, generator=generator).to(dtype)
-            tensors[f"{'zyxwvuts'[number]}.\u00e9.{name}.{len(shape)}{shape}"] = raw
+            tensors[f"{'zyxwvutsr'[number]}.\u00e9.{name}.{len(shape)}{shape}"] = raw
     written = b"".join(bytes(piece) for piece in shard_bytes({n: whole(t) for n, t in tensors.items()}))
     assert written == save(tensors, metadata={"format": "pt"})
 
