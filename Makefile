@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 PIP_ARGS ?=
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
-.PHONY: setup demo test fuzz test-gpu test-peers lint type wheel check clean
+.PHONY: setup demo test fuzz test-gpu test-peers lint type wheel check clean docs
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
@@ -60,10 +60,14 @@ lint: setup
 type: setup
 	$(BIN)/mypy
 
+# The documentation as a site in build/site; a broken link or a page that the menu forgets fails.
+docs: setup
+	$(BIN)/mkdocs build --strict --quiet
+
 wheel: setup
 	$(BIN)/python -m build --wheel --outdir dist
 
-check: lint type test
+check: lint type docs test
 
 clean:
 	rm -rf $(VENV) $(DEMO) dist

@@ -17,7 +17,7 @@ from atomq.commands.recording import keep_record, record_name
 if TYPE_CHECKING:
     from atomq.eval.tasks import TaskScore
 
-HELP = "Accuracy on the paper's six zero-shot tasks, OpenBookQA and LAMBADA, by lm-eval (atomq[eval])."
+HELP = "Accuracy on the paper's six zero-shot tasks, OpenBookQA and LAMBADA, by lm-eval (atomq\\[eval])."
 DEFAULT_TASKS = "piqa,arc_easy,arc_challenge,boolq,hellaswag,winogrande"
 
 

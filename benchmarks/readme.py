@@ -1,0 +1,154 @@
+"""`python -m benchmarks.readme`: write the README's tables and picture again from the records.
+
+A table stands between `<!-- figures: NAME -->` and `<!-- end -->`. tests/test_docs.py fails when a table or
+the picture is not what this makes of the records.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = "benchmarks/results"
+ACCURACY = "2026-11-22-h100-accuracy-smollm2.json"
+ON_CPU = "2026-11-22-cpu-smollm2.json"
+GEMM = "2026-11-22-h100-gemm.json"
+GEMM_SHAPE = (28672, 8192)
+GEMM_TOKENS = (1, 64, 256, 4096)
+GEMM_COLUMNS = {
+    "w4a4": "INT4, exact scales",
+    "w4a4-progressive": "INT4, progressive scales",
+    "fp16": "torch fp16",
+    "fp8": "torch FP8",
+}
+PICTURE = ROOT / "docs" / "images" / "cost.svg"
+
+
+def record(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((ROOT / RESULTS / name).read_text(encoding="utf-8"))
+    return found
+
+
+def link(name: str) -> str:
+    return f"[record]({RESULTS}/{name})"
+
+
+def accuracy() -> str:
+    """Perplexities of the presets, each measurement beside its own unquantized figure."""
+    on_gpu, on_cpu = record(ACCURACY), record(ON_CPU)["rows"]
+    rows = {row["name"]: row for row in on_gpu["rows"]}
+    columns = {"`w8a8`": "w8a8", "`atom`, 16-bit KV": "atom KV16", "`atom`": "atom", "`rtn`": "rtn W4A4"}
+    head = ["WikiText-2 test", "unquantized", *columns, "`atomq`", ""]
+    lines = [head, ["---"] * len(head)]
+    measured = [f"{rows[name]['ppl']:.2f}" for name in columns.values()]
+    all_windows = f"all {on_gpu['evaluation']['n_windows']} windows, H100"
+    lines.append([all_windows, f"{on_gpu['float_ppl']:.2f}", *measured, "", link(ACCURACY)])
+    atom, atomq = cpu_rows(on_cpu)
+    unquantized = next(row for row in on_cpu if row["what"].startswith("float GGUF"))
+    few = f"first {unquantized['n_windows']} windows, 2 CPU cores"
+    ppl = "ppl_wikitext2_test_2x2048"
+    figures = [f"{unquantized['ppl']:.2f}", "", "", f"{atom[ppl]:.2f}", "", f"**{atomq[ppl]:.2f}**"]
+    lines.append([few, *figures, link(ON_CPU)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cpu_rows(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The rows of presets `atom` and `atomq` in the record of the CPU."""
+    atom = next(row for row in rows if row.get("preset") == "atom" and not row["settings"])
+    atomq = next(row for row in rows if row.get("note") == "these settings are preset atomq")
+    return atom, atomq
+
+
+def gemm() -> str:
+    """Microseconds by number of tokens for one shape."""
+    found = {
+        (r["n_tokens"], r["name"]): r["timing"]["graph_us"]
+        for r in record(GEMM)["results"]
+        if (r["n_channels"], r["n_inputs"]) == GEMM_SHAPE
+    }
+    head = [f"us, {GEMM_SHAPE[0]} x {GEMM_SHAPE[1]}", *GEMM_COLUMNS.values()]
+    lines = [head, ["---"] * len(head)]
+    for n_tokens in GEMM_TOKENS:
+        count = f"{n_tokens} token{'s' if n_tokens > 1 else ''}"
+        lines.append([count, *(f"{found[n_tokens, name]:.1f}" for name in GEMM_COLUMNS)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {"accuracy": accuracy, "gemm": gemm}
+
+
+def with_tables(text: str) -> str:
+    """`text` with every marked table made anew.
+
+    Raises:
+        KeyError: a marker names a table that is not here.
+    """
+
+    def fill(match: re.Match[str]) -> str:
+        return f"{match[1]}{TABLES[match[2]]()}\n{match[3]}"
+
+    return re.sub(r"(<!-- figures: (\w+) -->\n)[^<]*(<!-- end -->)", fill, text)
+
+
+def picture() -> str:
+    """Bars of perplexity by preset and of microseconds by kernel, for light and dark pages."""
+    on_cpu = record(ON_CPU)["rows"]
+    atom, atomq = cpu_rows(on_cpu)
+    unquantized = next(row for row in on_cpu if row["what"].startswith("float GGUF"))
+    ppl = "ppl_wikitext2_test_2x2048"
+    losses = [
+        ("unquantized", unquantized["ppl"]),
+        ("W4A4KV4, atom", atom[ppl]),
+        ("W4A4KV4, atomq", atomq[ppl]),
+    ]
+    found = {
+        r["name"]: r["timing"]["graph_us"]
+        for r in record(GEMM)["results"]
+        if (r["n_channels"], r["n_inputs"], r["n_tokens"]) == (*GEMM_SHAPE, 1)
+    }
+    times = [
+        (label, found[name])
+        for name, label in (("fp16", "torch fp16"), ("fp8", "torch FP8"), ("w4a4", "INT4, exact scales"))
+    ]
+    title = f"us for one token, {GEMM_SHAPE[0]} x {GEMM_SHAPE[1]}, H100"
+    body = _panel(0, "perplexity, SmolLM2-135M (first 2 windows)", losses, "{:.2f}")
+    body += _panel(370, title, times, "{:.1f}")
+    style = (
+        "text{font:12px system-ui,sans-serif;fill:#1c2430}.h{font-weight:600}"
+        ".bar{fill:#8fb4d9}.ours{fill:#2b6cb0}"
+        "@media(prefers-color-scheme:dark){text{fill:#e4e9f0}.bar{fill:#35648f}.ours{fill:#6cb2f2}}"
+    )
+    said = "; ".join(f"{label} {value:.2f}" for label, value in [*losses, *times])
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 740 118" role="img">'
+        f"<title>What four bits cost and bring</title><desc>{said}</desc><style>{style}</style>{body}</svg>\n"
+    )
+
+
+def _panel(left: int, title: str, bars: list[tuple[str, float]], form: str) -> str:
+    longest = max(value for _, value in bars)
+    parts = [f'<text class="h" x="{left}" y="16">{title}</text>']
+    for index, (label, value) in enumerate(bars):
+        y, width = 28 + 30 * index, 160 * value / longest
+        kind = "ours" if label.startswith(("INT4", "W4A4KV4, atomq")) else "bar"
+        parts.append(
+            f'<text x="{left}" y="{y + 15}">{label}</text>'
+            f'<rect class="{kind}" x="{left + 145}" y="{y}" width="{width:.1f}" height="20" rx="2"/>'
+            f'<text x="{left + 151 + width:.1f}" y="{y + 15}">{form.format(value)}</text>'
+        )
+    return "".join(parts)
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    PICTURE.parent.mkdir(parents=True, exist_ok=True)
+    PICTURE.write_text(picture(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

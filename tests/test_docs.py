@@ -1,0 +1,91 @@
+"""The documentation is true where a test can tell: figures, links, commands, presets, the site."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+import atomq
+from atomq.cli import app
+from atomq.presets import PRESETS
+from benchmarks import readme
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def anchors(page: Path) -> set[str]:
+    """The ids that a page's headings get, as GitHub and MkDocs make them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def test_the_figures_of_the_readme_are_those_of_the_records():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"<!-- figures: (\w+) -->", text)) == set(readme.TABLES)
+    assert readme.with_tables(text) == text, "run python -m benchmarks.readme"
+    assert readme.PICTURE.read_text(encoding="utf-8") == readme.picture(), "run python -m benchmarks.readme"
+
+
+def test_a_figure_that_is_not_the_record_s_would_be_noticed():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (figure,) = set(re.findall(r"\b382\.61\b", text))
+    spoilt = text.replace(figure, "38.26")
+    assert readme.with_tables(spoilt) == text
+
+
+def test_the_readme_is_one_screen_and_every_record_it_links_is_there():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 75
+    assert len(re.findall(r"\(benchmarks/results/[^)]+\.json\)", text)) >= 3
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+    for target in LINK.findall(page.read_text(encoding="utf-8")):
+        if target.startswith(("http://", "https://", "mailto:")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), f"{page.name} links {target}"
+        if anchor:
+            assert anchor in anchors(file), f"{page.name} links {target}"
+
+
+def test_the_usage_page_knows_every_command_and_preset():
+    text = (ROOT / "docs" / "usage.md").read_text(encoding="utf-8")
+    commands = [command.name for command in app.registered_commands]
+    assert len(commands) > 10
+    for command in commands:
+        assert f"atomq {command}" in text, command
+    for preset in PRESETS:
+        assert f"| `{preset}`" in text, preset
+
+
+def test_the_menu_of_the_site_has_every_page():
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    listed = [page for entry in config["nav"] for page in entry.values()]
+    assert sorted(listed) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+
+
+def test_the_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path):
+    build = pytest.importorskip("mkdocs.commands.build", reason="MkDocs is not installed")
+    from mkdocs.config import load_config
+
+    build.build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path), strict=True))
+    pages = list(tmp_path.rglob("*.html"))
+    assert len(pages) >= 10
+    for page in pages:
+        loaded = re.findall(r"<(?:script|img|link)[^>]*?(?:src|href)=\"([^\"]+)\"", page.read_text())
+        assert [target for target in loaded if target.startswith(("http", "//"))] == [], page.name
+
+
+def test_the_citation_names_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == atomq.__version__
+    assert citation["license"] == "Apache-2.0"
+    assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
