@@ -21,6 +21,7 @@ from atomq.config import FLOAT_BITS, QuantScheme
 from atomq.errors import ConfigError
 from atomq.export.stored import StoredLinear
 from atomq.export.uniform import (
+    check_experts,
     check_weights,
     group_notes,
     pack_words,
@@ -48,6 +49,7 @@ class CompressedTensors:
     def __post_init__(self) -> None:
         scheme, activations = self.scheme, self.scheme.activations
         preset = {FLOAT_BITS: "w4a16", 8: "w8a8"}.get(activations.n_bits, "ct-w4a4")
+        check_experts(self.shapes, NAME)
         check_weights(scheme, NAME, (2, 3, 4, 8), preset)
         if not scheme.weights.symmetric:
             raise ConfigError(

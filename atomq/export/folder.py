@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from atomq.formats.checkpoint import (
 from atomq.formats.files import write_file, write_json
 from atomq.formats.writer import CheckpointWriter
 from atomq.models.blocks import linear_shapes
-from atomq.models.families import LinearShape, find_family
+from atomq.models.families import PUBLISHED_NAMES, LinearShape, find_family
 from atomq.models.loading import empty_model, load_config
 from atomq.models.source import resolve_source
 from atomq.progress import OnProgress, silently
@@ -123,13 +124,15 @@ def export(
         n_blocks = opened.model.config.num_hidden_layers
         writer.begin({"exported_as": format_name}, n_shards=n_blocks + 1)
         outside = {name for name in opened.headers if not name.startswith(f"{opened.family.blocks}.")}
-        writer.write_shard(1, _cast(dict(read_tensors(checkpoint, outside)), bound.dtype))
+        model_type = opened.family.model_type
+        tensors = dict(read_tensors(checkpoint, outside))
+        writer.write_shard(1, _published(tensors, model_type, bound.dtype))
         for index, block in enumerate(read_blocks(checkpoint, opened)):
             on_progress(index, n_blocks, f"block {index}")
-            tensors = _cast(block.others, bound.dtype)
+            tensors = block.others
             for name, stored in block.linears.items():
                 tensors |= {f"{name}.{key}": t for key, t in bound.linear_tensors(stored).items()}
-            writer.write_shard(index + 2, tensors)
+            writer.write_shard(index + 2, _published(tensors, model_type, bound.dtype))
         on_progress(n_blocks, n_blocks, "done")
         writer.write_index()
         _write_config(checkpoint, writer.folder, bound, opened)
@@ -143,8 +146,16 @@ def export(
     return ExportResult(dest, writer.total_size, notes)
 
 
-def _cast(tensors: dict[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    return tensors if dtype is None else {name: tensor.to(dtype) for name, tensor in tensors.items()}
+def _published(
+    tensors: dict[str, torch.Tensor], model_type: str, dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    """`tensors` in `dtype`, under the names that files of the family have."""
+    published = {}
+    for name, tensor in tensors.items():
+        for pattern, replacement in PUBLISHED_NAMES.get(model_type, ()):
+            name = re.sub(pattern, replacement, name)
+        published[name] = tensor if dtype is None else tensor.to(dtype)
+    return published
 
 
 def _write_config(checkpoint: Path, folder: Path, bound: ExportFormat, opened: Opened) -> None:

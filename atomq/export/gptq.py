@@ -19,6 +19,7 @@ from atomq.config import FLOAT_BITS, QuantScheme
 from atomq.errors import ConfigError
 from atomq.export.stored import StoredLinear
 from atomq.export.uniform import (
+    check_experts,
     check_weights,
     group_notes,
     pack_words,
@@ -42,6 +43,7 @@ class Gptq:
     config_file: ClassVar[str] = "quantize_config.json"
 
     def __post_init__(self) -> None:
+        check_experts(self.shapes, self.version)
         check_weights(self.scheme, self.version, (2, 4, 8), "w4a16")
         if self.scheme.activations.n_bits != FLOAT_BITS:
             refuse(self.version, f"no activations of {self.scheme.activations.n_bits} bits", "w4a16")

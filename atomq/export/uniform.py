@@ -43,6 +43,19 @@ def check_weights(scheme: QuantScheme, format_name: str, n_bits: tuple[int, ...]
         refuse(format_name, f"no KV cache of {scheme.kv.n_bits} bits", preset)
 
 
+def check_experts(shapes: Mapping[str, LinearShape], format_name: str) -> None:
+    """Refuse mixtures of experts, whose experts the loaders of these formats fuse in ways of their own.
+
+    Raises:
+        ConfigError: the model has experts.
+    """
+    if any(".experts." in name for name in shapes):
+        raise ConfigError(
+            f"{format_name} is not written for mixtures of experts, whose loaders could not be tried; "
+            f"export with --format hf"
+        )
+
+
 def refuse(format_name: str, expressible: str, preset: str) -> None:
     raise ConfigError(
         f"{format_name} has {expressible}; quantize with --preset {preset}, or export with --format hf"

@@ -139,6 +139,16 @@ STORED_NAMES: dict[str, tuple[tuple[str, str], ...]] = {
     )
 }
 
+# The way back, for files that other tools are to read.
+PUBLISHED_NAMES: dict[str, tuple[tuple[str, str], ...]] = {
+    "mixtral": (
+        (r"\.mlp\.", ".block_sparse_moe."),
+        (r"(\.experts\.\d+)\.gate_proj\.", r"\1.w1."),
+        (r"(\.experts\.\d+)\.down_proj\.", r"\1.w2."),
+        (r"(\.experts\.\d+)\.up_proj\.", r"\1.w3."),
+    )
+}
+
 FAMILIES: dict[str, ModelFamily] = {
     family.model_type: family
     for family in (

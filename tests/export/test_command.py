@@ -7,8 +7,10 @@ import json
 import pytest
 import torch
 from tiny_checkpoints import quantize_tiny, stored_tensors
+from tiny_models import save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import atomq.hf
 from atomq.checkpoints import open_checkpoint
 from atomq.cli import main
 from atomq.export.stored import read_blocks
@@ -48,6 +50,23 @@ def test_the_folder_is_whole_with_tokenizer_card_and_manifest(checkpoint, plain)
     assert "as hf" in (plain / "README.md").read_text()
     assert AutoTokenizer.from_pretrained(plain)("abc")["input_ids"]
     assert "quantization_config" not in json.loads((plain / "config.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_experts_are_exported_under_the_names_that_other_tools_read(tmp_path, kind, capsys):
+    model = save_tiny_model(tmp_path / "model", kind)
+    out = tmp_path / "OUT"
+    quantize_tiny(model, out, "w4a16")
+    assert main(["export", str(out), str(tmp_path / "DEST"), "--format", "hf"]) == 0
+    plain, report = AutoModelForCausalLM.from_pretrained(tmp_path / "DEST", output_loading_info=True)
+    assert not any(report.values())
+    tokens = torch.arange(5, 29)[None]
+    with torch.no_grad():
+        found, expected = plain.float()(tokens).logits, atomq.hf.load(out)(tokens).logits
+    assert (found - expected).norm() < 0.1 * expected.norm()  # bfloat16; another expert would be all wrong
+    for name in ("compressed-tensors", "gptq"):
+        assert main(["export", str(out), str(tmp_path / name), "--format", name]) == 2
+        assert "export with --format hf" in capsys.readouterr().err
 
 
 def test_what_a_killed_export_left_behind_is_not_taken_over(checkpoint, tmp_path):
