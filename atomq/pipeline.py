@@ -232,7 +232,7 @@ def quantize(
         for name, content in companions(source).items():
             write_file(writer.folder / name, content)
         bits = effective_bits(recipe.scheme, shapes, head_dim_of(model.config))
-        card = model_card(source.name, recipe, bits, atomq.__version__)
+        card = model_card(source.name, recipe, bits, atomq.__version__, facts_of_text)
         write_file(writer.folder / "README.md", card.encode())
         warnings = [*token_warnings(windows, report, recipe, calibration), *report.warnings]
         writer.write_manifest(manifest_facts(job, recipe, report, warnings))

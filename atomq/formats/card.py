@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from atomq.config import FLOAT_BITS, ActivationScheme, QuantScheme, Recipe, WeightScheme
+from atomq.presets import recipe_name
 
 
 def scheme_name(scheme: QuantScheme) -> str:
@@ -13,14 +16,28 @@ def scheme_name(scheme: QuantScheme) -> str:
     return name if scheme.kv.n_bits == FLOAT_BITS else f"{name}KV{scheme.kv.n_bits}"
 
 
-def model_card(source_name: str, recipe: Recipe, bits: dict[str, float], version: str) -> str:
-    """Markdown; depends on nothing but its arguments."""
+def model_card(
+    source_name: str,
+    recipe: Recipe,
+    bits: dict[str, float],
+    version: str,
+    calibration: Mapping[str, Any] | None = None,
+) -> str:
+    """Markdown; depends on nothing but its arguments.
+
+    Args:
+        calibration: the facts of the calibration text ("data", "n_samples", "seq_len"); None without one.
+    """
     scheme, solver = recipe.scheme, recipe.solver
     outliers = scheme.outliers
+    text = "nothing"
+    if calibration is not None:
+        text = f"{calibration['data']}: {calibration['n_samples']} x {calibration['seq_len']} tokens"
     kept = f"{outliers.n_outliers} in {outliers.precision}" if outliers.n_outliers else "none"
     return f"""---
 base_model: {json.dumps(source_name)}
 library_name: transformers
+pipeline_tag: text-generation
 tags: [atomq, quantized]
 ---
 # {source_name}, {scheme_name(scheme)} by atomq
@@ -32,9 +49,12 @@ tags: [atomq, quantized]
 | KV cache | {scheme.kv.n_bits} bits, {bits["kv"]:.3f} effective bits |
 | outlier channels per input | {kept} |
 | solver | {solver.method} |
+| recipe | {recipe_name(recipe)} |
+| calibrated on | {text} |
 
 Made with atomq {version}. The whole recipe, the source's and the calibration data's hashes and a SHA-256 of
-every file are in `manifest.json`.
+every file are in `manifest.json`. `reports/report.html` shows the error of every linear and what was measured
+since; it is no part of what the manifest hashes.
 
 ## Load it
 
@@ -52,6 +72,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
 ```
+
+Other tools: `atomq export THIS_FOLDER DEST --format compressed-tensors` (or `gptq`, `hf`) writes their formats
+where they can express this recipe, and says which recipe they can express where not.
+
+## What it costs
+
+```
+atomq eval-ppl THIS_FOLDER --baseline "{source_name}"
+```
+
+prints the perplexity of both and the KL divergence between them, and adds it to the report.
 
 The licence of the weights is that of the base model.
 """

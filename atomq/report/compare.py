@@ -143,7 +143,8 @@ def _linears(found: Comparison) -> str:
     title = f"Output error of each linear: {one} to the right, {two} upwards"
     chart = charts.scatter(title, found.verdict(), pairs)
     ranked = sorted(found.linears, key=lambda pair: pair.change)
-    n_shown = min(N_CHANGED, len(ranked))
+    better = [pair for pair in ranked if pair.change < 0][:N_CHANGED]
+    worse = [pair for pair in reversed(ranked) if pair.change > 0][:N_CHANGED]
     tables = "".join(
         table(
             caption,
@@ -154,9 +155,10 @@ def _linears(found: Comparison) -> str:
             ],
         )
         for caption, shown in (
-            (f"the {n_shown} that {two} improves most", ranked[:n_shown]),
-            (f"the {n_shown} that it improves least or worsens", ranked[::-1][:n_shown]),
+            (f"those that {two} improves most", better),
+            (f"those that {two} worsens most", worse),
         )
+        if shown
     )
     return f'<div class="charts">{charts.figure(title, chart)}</div>{tables}'
 

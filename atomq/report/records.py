@@ -32,11 +32,13 @@ def table(caption: str, columns: list[str], rows: list[list[str]], classes: str 
 
 
 def record_sections(records: Mapping[str, Any]) -> str:
-    """All records, each under its own heading."""
+    """All records, each under its own heading; those of known kinds first, in the order of _SHOWN."""
+    kinds = {name: next((kind for kind in _SHOWN if name.startswith(kind)), None) for name in records}
+    order = [*_SHOWN, None]
     parts = []
-    for name, record in records.items():
-        prefix = next((prefix for prefix in _SHOWN if name.startswith(prefix)), None)
-        heading, show = _SHOWN[prefix] if prefix else (name, as_it_is)
+    for name, kind in sorted(kinds.items(), key=lambda item: order.index(item[1])):
+        record = records[name]
+        heading, show = _SHOWN[kind] if kind else (name, as_it_is)
         try:
             body = show(record)
         except (KeyError, TypeError, ValueError, AttributeError):  # not of the form that is known by the name
@@ -50,7 +52,7 @@ def perplexity(record: Mapping[str, Any]) -> str:
     if record.get("baseline_ppl") is not None:
         rows.insert(0, [escape(str(record["baseline"])), f"{record['baseline_ppl']:.4f}", ""])
     caption = f"{record['data']}: {record['n_windows']} windows of {record['seq_len']} tokens"
-    return table(caption, ["model", "perplexity", "KL from the baseline (nats)"], rows)
+    return table(caption, ["model", "perplexity", "KL (nats)"], rows)
 
 
 def ladder(record: Mapping[str, Any]) -> str:

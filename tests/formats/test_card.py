@@ -24,7 +24,7 @@ def test_every_row_of_the_table_is_one_line(scheme):
     card = model_card("org/model", recipe_of(scheme), BITS, "0.1.0")
     table = card[card.index("| | |") : card.index("Made with")].strip().splitlines()
     assert all(row.startswith("| ") and row.endswith(" |") and row.count("|") == 3 for row in table)
-    assert len(table) == 7
+    assert len(table) == 9
 
 
 def test_the_card_says_how_to_load_the_folder_and_with_what():
@@ -35,6 +35,12 @@ def test_the_card_says_how_to_load_the_folder_and_with_what():
     assert "Made with atomq 0.1.0" in card
     assert "| weights | 4 bits (int), groups of 128, 4.250 effective bits |" in card
     assert "| outlier channels per input | 128 in int8 |" in card
+    assert "| recipe | atom |" in card
+    assert "| calibrated on | nothing |" in card
+    text = {"data": "builtin", "n_samples": 24, "seq_len": 512}
+    card = model_card("org/model", PRESETS["atom"], BITS, "0.1.0", text)
+    assert "| calibrated on | builtin: 24 x 512 tokens |" in card
+    assert 'atomq eval-ppl THIS_FOLDER --baseline "org/model"' in card
 
 
 def test_a_name_cannot_break_out_of_the_front_matter():

@@ -61,7 +61,10 @@ def test_a_checkpoint_beside_itself_differs_in_nothing(pair):
     assert found.names == ("four (A)", "four (B)")
     assert found.settings == []
     assert all(fact.first == fact.second for fact in found.facts)
-    assert "the recipes are equal" in comparison_page(found)
+    page = comparison_page(found)
+    assert "the recipes are equal" in page
+    assert "improves most" not in page
+    assert "worsens most" not in page
 
 
 def test_checkpoints_without_measured_errors_are_compared_too(pair, tiny_dir, tmp_path):
@@ -81,5 +84,7 @@ def test_the_command_prints_a_table_json_or_a_page(pair, tmp_path, capsys):
     assert document["names"] == ["four", "eight"]
     page = StrictPage((tmp_path / "both.html").read_text())
     assert page.tags["circle"] == 14
+    assert "those that eight improves most" in page.texts["caption"]
+    assert "those that eight worsens most" not in page.texts["caption"]
     assert main([*argv, "--html", str(tmp_path / "both.txt")]) == 2
     assert "must name a file that ends in .html" in capsys.readouterr().err

@@ -182,6 +182,10 @@ def test_records_of_known_kinds_have_a_form_of_their_own():
     text = report_page(made_up([], records=records))
     page = StrictPage(text)
     assert {"43.21 ± 1.23", "50.00 ± 1.23", "acc_norm"} <= set(page.texts["td"])
+    order = [
+        h for h in page.texts["h2"] if h in ("Zero-shot tasks", "Ladder", "Verification", "GEMM", "other")
+    ]
+    assert order == ["Zero-shot tasks", "Ladder", "Verification", "GEMM", "other"]
     assert {"Zero-shot tasks", "Ladder", "GEMM", "Verification", "other"} <= set(page.texts["h2"])
     assert {"rounded", "all of it", "40.000", "seconds", "3.25"} <= set(page.texts["td"])
     assert "every one passes" in text
