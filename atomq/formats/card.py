@@ -73,8 +73,8 @@ model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
 ```
 
-Other tools: `atomq export THIS_FOLDER DEST --format compressed-tensors` (or `gptq`, `hf`) writes their formats
-where they can express this recipe, and says which recipe they can express where not.
+Other tools: `atomq export THIS_FOLDER DEST --format compressed-tensors` (or `gptq`, `hf`) writes their
+formats where they can express this recipe, and says which recipe they can express where not.
 
 ## What it costs
 
