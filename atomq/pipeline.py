@@ -184,9 +184,9 @@ def quantize(
         job = job_facts(source, model_hash, recipe, facts_of_text, place)
         writer.begin(job, n_shards=model.config.num_hidden_layers + 1)
         routing = expert_routing(family, calibration)
-        loaded = time.perf_counter()
         if writer.facts_of(1) is None:
             writer.write_shard(1, _tensors_outside_blocks(model, f"{family.blocks}.", weights))
+        loaded = time.perf_counter()
         scratch = writer.progress if activations == "disk" else None
         if statistics is None and recipe.scheme.outliers.reorder:
             assert windows is not None

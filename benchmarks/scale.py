@@ -65,7 +65,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 2048,
     },
 }
-N_TEXT_BYTES = 2_000_000
+N_TEXT_BYTES = 600_000
 SHAPE_FILE = "scale.json"
 
 

@@ -359,7 +359,7 @@ def test_progress_rises_to_the_number_of_blocks():
     solving = [done for done, _, step in told if step != "channel statistics"]
     assert solving == sorted(solving)
     assert told[-1] == (2, 2, "done")
-    assert (1.5, 2, "model.layers.1.mlp.down_proj") in told
+    assert any(s[:2] == (1.5, 2) and s[2].startswith("model.layers.1.mlp.down_proj") for s in told)
 
 
 def test_with_few_tokens_gptq_may_give_way_to_rounding_and_says_so():

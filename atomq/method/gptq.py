@@ -16,6 +16,7 @@ from atomq.errors import AtomqError
 from atomq.kernels.gptq import gptq_block
 from atomq.numerics.groups import group_bounds
 from atomq.numerics.outliers import encode_outliers
+from atomq.numerics.products import inverse_factor
 from atomq.numerics.weights import (
     GroupScales,
     QuantizedWeight,
@@ -56,17 +57,13 @@ def factorize_hessian(hessian: torch.Tensor, damp_frac: float) -> DampedFactor:
     dead = hessian.diagonal() == 0
     limit = max(damp_frac, MAX_DAMP_FRAC)  # a larger damping that was asked for is tried as it is
     while damp_frac <= limit:
-        # A float64 matrix of the widest linears takes gigabytes: each is let go of as soon as it is used.
-        matrix = hessian.to(torch.float64, copy=True)
-        diagonal = matrix.diagonal()
+        damped = hessian.to(torch.float64, copy=True)
+        diagonal = damped.diagonal()
         diagonal[dead] = 1.0
         diagonal += damp_frac * diagonal.mean()
-        matrix, failed = torch.linalg.cholesky_ex(matrix)
-        if not int(failed):
-            matrix = torch.cholesky_inverse(matrix)
-            matrix, failed = torch.linalg.cholesky_ex(matrix, upper=True)
-            if not int(failed) and bool(torch.isfinite(matrix).all()):
-                return DampedFactor(matrix.to(hessian.dtype), dead, damp_frac)
+        factor = inverse_factor(damped, hessian.dtype)
+        if factor is not None:
+            return DampedFactor(factor, dead, damp_frac)
         damp_frac *= 10
     raise AtomqError(
         f"the Hessian has no Cholesky factor even with damp_frac {damp_frac / 10:g}; "

@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 
 from atomq import distributed
+from atomq.numerics.products import add_gram
 
 
 class HessianAccumulator:
@@ -27,9 +28,9 @@ class HessianAccumulator:
         self.n_tokens += rows.shape[0]
         if self._held_out is not None:
             n_fit = rows.shape[0] - rows.shape[0] // 4
-            self._held_out.addmm_(rows[n_fit:].T, rows[n_fit:], alpha=2.0)
+            add_gram(self._held_out, rows[n_fit:])
             rows = rows[:n_fit]
-        self._fit.addmm_(rows.T, rows, alpha=2.0)
+        add_gram(self._fit, rows)
 
     def add_up_processes(self) -> None:
         """Take in what the other processes have added."""

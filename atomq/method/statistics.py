@@ -23,6 +23,7 @@ class StatisticsAccumulator:
 
     def add(self, x: torch.Tensor) -> None:
         """Take in activations [n_windows, seq_len, K], or [n_tokens, K], which all count as one window."""
+        x = x.float()
         if x.dim() == 2:
             self._sum_squares += x.square().sum(0, dtype=torch.float64)
             self._abs_sum += x.abs().sum(0, dtype=torch.float64)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from atomq.errors import StorageError
 from atomq.models.families import LinearGroup, LinearShape, ModelFamily
+from atomq.numerics.products import half_products
 
 TOKENS_PER_BATCH = 8192
 
@@ -38,7 +39,7 @@ class BlockInputs:
 
         `on_batch` is told the number of windows done in each batch.
         """
-        with torch.inference_mode():
+        with torch.inference_mode(), half_products(self.device):
             for batch in self._batches():
                 output = block(batch.to(self.device), **self.arguments[block])
                 batch.copy_(output[0] if isinstance(output, tuple) else output)
@@ -47,7 +48,7 @@ class BlockInputs:
 
     def observe(self, block: nn.Module) -> None:
         """Pass all windows through `block`, each as far as something inside raises `InputSeen`."""
-        with torch.inference_mode():
+        with torch.inference_mode(), half_products(self.device):
             for batch in self._batches():
                 with contextlib.suppress(InputSeen):
                     block(batch.to(self.device), **self.arguments[block])
