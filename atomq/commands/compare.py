@@ -22,10 +22,13 @@ def command(
 ) -> None:
     if html is not None and (html.suffix != ".html" or html.is_dir()):
         raise ConfigError(f"--html {html} must name a file that ends in .html")
+    from atomq.checkpoints import open_checkpoint
     from atomq.formats.files import write_file
     from atomq.report.compare import compare, comparison_page
     from atomq.report.facts import gather
 
+    for folder in (first, second):
+        open_checkpoint(folder, check_hashes=False)
     found = compare(gather(first), gather(second), (first.resolve().name, second.resolve().name))
     if html is not None:
         write_file(html, comparison_page(found).encode())

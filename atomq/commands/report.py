@@ -9,9 +9,11 @@ HELP = "Build OUT/reports/report.html and report.json again from what the checkp
 
 
 def command(checkpoint: CheckpointArgument, json_output: JsonOption = False) -> None:
+    from atomq.checkpoints import open_checkpoint
     from atomq.formats.checkpoint import REPORTS
     from atomq.report.files import PAGE, write_report
 
+    open_checkpoint(checkpoint, check_hashes=False)
     report = write_report(checkpoint)
     if json_output:
         console.print_json(report.to_dict())

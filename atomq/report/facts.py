@@ -271,7 +271,8 @@ def _scale_histograms(folder: Path, headers: Mapping[str, TensorSpec]) -> list[S
             bases[owner] = tensor
             continue
         scales = bases.pop(owner)[:, None] * tensor if suffix == "scale_factors" else tensor
-        positions = (scales.float().clamp(min=2.0**-126).log2() * BINS_PER_OCTAVE).floor().long().flatten()
+        usable = scales.float().nan_to_num(0.0).clamp(2.0**-126, 2.0**126)  # whatever a file may hold
+        positions = (usable.log2() * BINS_PER_OCTAVE).floor().long().flatten()
         first = int(positions.min())
         of_kind = counts.setdefault(block_and_kind(owner)[1], {})
         for offset, count in enumerate((positions - first).bincount().tolist()):

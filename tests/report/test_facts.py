@@ -7,7 +7,7 @@ import math
 import shutil
 
 import pytest
-from tiny_checkpoints import quantize_tiny, stored_tensors
+from tiny_checkpoints import change_tensor, quantize_tiny, stored_tensors
 
 from atomq.cli import main
 from atomq.errors import CheckpointError, StorageError
@@ -187,3 +187,28 @@ def test_a_checkpoint_that_cannot_be_written_to_only_costs_the_record(out, capsy
     monkeypatch.setattr("atomq.report.files.write_json", full)
     assert main(["verify", str(out)]) == 0
     assert "the result is not kept in the checkpoint's reports: no space left" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), -1.0])
+def test_scales_that_no_writer_makes_do_not_stop_a_report(out, value):
+    def spoil(scales):
+        scales[0, 0] = value
+
+    change_tensor(out, "model.layers.0.mlp.up_proj.scales", spoil)
+    before = sum(stored_tensors(out)[f"model.layers.{i}.mlp.up_proj.scales"].numel() for i in (0, 1))
+    (histogram,) = [h for h in facts.gather(out).scales if h.kind == "mlp.up_proj"]
+    assert sum(histogram.counts) == before
+
+
+def test_the_command_builds_the_report_again_and_refuses_what_is_not_whole(out, capsys):
+    page = out / "reports" / "report.html"
+    made = page.read_bytes()
+    page.unlink()
+    assert main(["report", str(out)]) == 0
+    assert page.read_bytes() == made
+    assert f"wrote {page}" in capsys.readouterr().out
+    assert main(["report", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((out / "reports" / "report.json").read_text())
+    change_tensor(out, "model.layers.0.mlp.up_proj.scales", lambda scales: scales.double().float()[:-1])
+    assert main(["report", str(out)]) == 2
+    assert "model.layers.0.mlp.up_proj.scales is F32" in capsys.readouterr().err
