@@ -149,4 +149,5 @@ def _print_summary(path: Path, summary: dict[str, Any], proof: str) -> None:
     console.print_table(f"{summary['model']} quantized", ["", ""], rows)
     if "exported" in summary:
         console.print_line(f"Exported to {summary['exported']}")
+    console.print_line(f"Look at it: {path / 'reports' / 'report.html'}")
     console.print_line(f"Measure it: atomq eval-ppl {path} --baseline MODEL")
