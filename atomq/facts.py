@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
 import time
 from typing import Any
 
@@ -16,6 +15,7 @@ from atomq import distributed
 from atomq.block_loop import QuantizationReport
 from atomq.config import CalibrationConfig, Recipe, to_dict
 from atomq.eval.windows import DEFAULT_SAMPLES, TokenWindows
+from atomq.memory import PeakMemory
 from atomq.models.source import ModelSource
 
 
@@ -97,7 +97,7 @@ def mean_error(report: QuantizationReport) -> float | None:
     return sum(errors) / len(errors) if errors else None
 
 
-def host_facts(device: torch.device) -> dict[str, Any]:
+def host_facts(device: torch.device, memory: PeakMemory) -> dict[str, Any]:
     """What the figures depend on besides the inputs; only for reports."""
     host = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -105,8 +105,8 @@ def host_facts(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": memory.peak_bytes,
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "peak_gpu_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        "peak_gpu_bytes": memory.peak_gpu_bytes,
     }
     return {"host": host}

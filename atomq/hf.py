@@ -24,12 +24,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from atomq.checkpoints import expected_tensors, open_checkpoint
-from atomq.errors import CheckpointError, ConfigError
+from atomq.errors import AtomqError, CheckpointError, ConfigError
 from atomq.formats.checkpoint import check_tensors, read_tensors, tensor_headers
 from atomq.formats.schema import QUANT_METHOD, check_values, parse_quantization_config
 from atomq.models.attention import attention_for
 from atomq.models.blocks import blocks_of
 from atomq.models.experts import unfuse_experts
+from atomq.models.loading import CONFIG_ERRORS
 from atomq.models.quantized import head_dim_of, install_stored
 from atomq.numerics.linear import QuantizedLinear
 
@@ -51,9 +52,14 @@ def load(
     """
     folder, torch_dtype = Path(folder), runtime_dtype(dtype)
     open_checkpoint(folder, check_hashes=check_hashes)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch_dtype, local_files_only=True, trust_remote_code=False
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch_dtype, local_files_only=True, trust_remote_code=False
+        )
+    except AtomqError:
+        raise
+    except CONFIG_ERRORS as error:  # config.json and the like say something that only transformers minds
+        raise CheckpointError(f"{folder.name} cannot be loaded: {error!r:.500}") from error
     place: Any = torch.device(device)
     result: PreTrainedModel = model.to(place).eval().requires_grad_(False)
     return result

@@ -35,13 +35,14 @@ from atomq.formats.files import write_file, write_json
 from atomq.formats.schema import code_bytes, effective_bits, quantization_config
 from atomq.formats.shards import ShardTensor
 from atomq.formats.writer import CheckpointWriter
+from atomq.memory import PeakMemory
 from atomq.models.blocks import linear_shapes
 from atomq.models.experts import ExpertRouting
 from atomq.models.families import LinearShape, ModelFamily, find_family
 from atomq.models.loading import companions, is_local_path, load_tokenizer, open_float_model
 from atomq.models.quantized import head_dim_of
 from atomq.models.source import resolve_source, source_hash
-from atomq.models.streaming import StoredWeights
+from atomq.models.streaming import StoredWeights, tensors_to_store
 from atomq.numerics.channels import ChannelStatistics
 from atomq.progress import OnProgress, silently
 from atomq.report.files import write_report
@@ -165,7 +166,7 @@ def quantize(
     calibration = calibration or CalibrationConfig()
     source = resolve_source(model_name)
     writing = CheckpointWriter(out, overwrite=overwrite, restart=restart)
-    with distributed.processes(place), writing as writer:
+    with distributed.processes(place), writing as writer, PeakMemory(place) as memory:
         tokenizer = load_tokenizer(source)  # needed in the checkpoint, whatever the recipe
         windows = cut_windows(tokenizer, calibration) if recipe.needs_calibration else None
         model, weights = open_float_model(source)
@@ -205,7 +206,7 @@ def quantize(
         gathered = time.perf_counter()
 
         def write_block(prefix: str, block: nn.Module, reports: list[LinearReport]) -> None:
-            tensors = _stored_tensors(block, f"{prefix}.", weights.dtype)
+            tensors = tensors_to_store(block, f"{prefix}.", weights.dtype)
             starved = {name: n for name, n in routing.starved.items() if name.startswith(f"{prefix}.")}
             facts = {"linears": [asdict(report) for report in reports], STARVED: starved}
             writer.write_shard(_shard_of(prefix), tensors, facts)
@@ -254,7 +255,8 @@ def quantize(
             "seconds": seconds,
         }
         write_json(
-            writer.folder / REPORTS / "quantize.json", {**report.to_dict(), **summary, **host_facts(place)}
+            writer.folder / REPORTS / "quantize.json",
+            {**report.to_dict(), **summary, **host_facts(place, memory)},
         )
         writer.publish()
     write_report(out)
@@ -331,15 +333,6 @@ def _check_statistics(
             f"{path.name} is damaged: the statistics of {wrong[0]} are not those of this model; "
             f"run atomq calibrate again"
         )
-
-
-def _stored_tensors(module: nn.Module, prefix: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """State of `module`, with floating-point parameters in the storage dtype and codes as they are."""
-    parameters = {name for name, _ in module.named_parameters()}
-    return {
-        prefix + name: tensor.to(dtype) if name in parameters else tensor
-        for name, tensor in module.state_dict().items()
-    }
 
 
 def _tensors_outside_blocks(

@@ -31,7 +31,7 @@ from atomq.commands import console
 from atomq.formats.files import write_file, write_json
 from atomq.formats.shards import ShardTensor, shard_bytes
 
-HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, VOCABULARY = 1536, 4096, 12, 4, 256_000
+HIDDEN, INTERMEDIATE, HEADS, KV_HEADS = 1536, 4096, 12, 4
 SECONDS_BETWEEN_SAMPLES = 0.02
 PIECE_ROWS = 2048
 # What the measured process runs: it says when its imports are done, and then does what a command does.
@@ -53,7 +53,7 @@ print(json.dumps(result.summary), flush=True)
 """
 
 
-def make_checkpoint(folder: Path, n_bytes: int) -> int:
+def make_checkpoint(folder: Path, n_bytes: int, vocabulary: int) -> int:
     """Write a random bfloat16 model of at least `n_bytes`, one shard per block; answer its size in bytes."""
     shapes = {
         "self_attn.q_proj": (HIDDEN, HIDDEN),
@@ -67,12 +67,12 @@ def make_checkpoint(folder: Path, n_bytes: int) -> int:
         "post_attention_layernorm": (HIDDEN,),
     }
     outer = {
-        "model.embed_tokens": (VOCABULARY, HIDDEN),
-        "lm_head": (VOCABULARY, HIDDEN),
+        "model.embed_tokens": (vocabulary, HIDDEN),
+        "lm_head": (vocabulary, HIDDEN),
         "model.norm": (HIDDEN,),
     }
     block_bytes = sum(2 * torch.Size(shape).numel() for shape in shapes.values())
-    n_blocks = -(-(n_bytes - 4 * VOCABULARY * HIDDEN) // block_bytes)
+    n_blocks = -(-(n_bytes - 4 * vocabulary * HIDDEN) // block_bytes)
     parts = [outer, *({f"model.layers.{i}.{name}": s for name, s in shapes.items()} for i in range(n_blocks))]
     weight_map, total = {}, 0
     for number, part in enumerate(parts, start=1):
@@ -91,7 +91,7 @@ def make_checkpoint(folder: Path, n_bytes: int) -> int:
         num_hidden_layers=n_blocks,
         num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS,
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         tie_word_embeddings=False,
         dtype=torch.bfloat16,
     )
@@ -184,6 +184,7 @@ def measure(
 
 def main(
     gigabytes: Annotated[float, typer.Option(help="Size of the checkpoint, in 10^9 bytes.")] = 3.1,
+    vocabulary: Annotated[int, typer.Option(help="Rows of the embeddings and of the head.")] = 256_000,
     n_samples: Annotated[int, typer.Option(help="Calibration windows.")] = 4,
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
     settings: Annotated[list[str] | None, typer.Option("--set", help="As of atomq quantize.")] = None,
@@ -195,12 +196,18 @@ def main(
     """Make the checkpoint, quantize it, print and record the peak of memory."""
     with tempfile.TemporaryDirectory(dir=place) as folder:
         model = Path(folder) / "model"
-        n_bytes = make_checkpoint(model, int(gigabytes * 1e9))
+        n_bytes = make_checkpoint(model, int(gigabytes * 1e9), vocabulary)
         result = measure(model, Path(folder) / "out", n_samples, seq_len, settings or [], threads)
     record = {
         "what": "peak of anonymous and shared memory while a random Llama checkpoint is quantized on the CPU",
         "model_bytes": n_bytes,
-        "shape": {"hidden": HIDDEN, "intermediate": INTERMEDIATE, "heads": HEADS, "kv_heads": KV_HEADS},
+        "shape": {
+            "vocabulary": vocabulary,
+            "hidden": HIDDEN,
+            "intermediate": INTERMEDIATE,
+            "heads": HEADS,
+            "kv_heads": KV_HEADS,
+        },
         **result,
         "versions": {
             "atomq": atomq.__version__,

@@ -28,6 +28,7 @@ EVERYWHERE = {
     "distributed",
 }  # "": the version in atomq/__init__.py
 BELOW_COMMANDS = {
+    "estimate",
     "numerics",
     "kernels",
     "method",
@@ -67,12 +68,15 @@ LAW = {
     "block_quantizer": {"method", "models", "numerics"},
     "block_loop": {"block_quantizer", "method", "models", "numerics"},
     "report": {"formats", "numerics"},
-    "facts": {"block_loop", "eval", "models"},
+    "memory": set(),
+    "estimate": {"assist", "block_loop", "formats", "memory", "models"},
+    "facts": {"memory", "block_loop", "eval", "models"},
     "assist": {"block_loop", "block_quantizer", "models", "eval", "numerics"},
     "pipeline": {
         *(
             "assist",
             "facts",
+            "memory",
             "block_loop",
             "block_quantizer",
             "models",
@@ -110,6 +114,8 @@ LIBRARIES = {
             "pipeline",
             "hf",
             "facts",
+            "memory",
+            "estimate",
         ),
         ALWAYS,
     )
@@ -120,7 +126,7 @@ LIBRARIES = {
     | {"commands": LAZILY},
     "numpy": dict.fromkeys(("kernels", "models", "eval"), ALWAYS),
     "transformers": dict.fromkeys(
-        ("models", "hf", "checkpoints", "pipeline", "assist", "block_loop", "facts"), ALWAYS
+        ("models", "hf", "checkpoints", "pipeline", "assist", "block_loop", "facts", "estimate"), ALWAYS
     )
     | {"opening": ALWAYS, "api": ALWAYS}
     | {"commands": LAZILY, "eval": TYPES, "runtime": TYPES},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,7 +21,10 @@ from atomq.commands.options import (
 from atomq.config import CalibrationConfig, to_dict
 from atomq.errors import ConfigError
 from atomq.presets import DEFAULT_PRESET, PRESET_HELP, build_recipe
-from atomq.units import human_bytes
+from atomq.units import human_bytes, human_seconds
+
+if TYPE_CHECKING:
+    from atomq.estimate import Estimate
 
 PRESETS_TEXT = "\n\n".join(f"- {name}: {text}" for name, text in PRESET_HELP.items())
 HELP = f"Quantize MODEL and write the checkpoint OUT.\n\nPresets:\n\n{PRESETS_TEXT}"
@@ -74,6 +77,9 @@ def command(
             rich_help_panel="Calibration",
         ),
     ] = "device",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Probe one block, print memory, disk and time, and stop.")
+    ] = False,
     device: DeviceOption = "auto",
     json_output: JsonOption = False,
 ) -> None:
@@ -82,7 +88,7 @@ def command(
     if show_recipe:
         console.print_json(to_dict(recipe))
         return
-    from atomq import api, distributed, pipeline
+    from atomq import api, distributed, estimate, pipeline
     from atomq.assist import assist
     from atomq.commands import checking
     from atomq.eval.verify import parse_arithmetic
@@ -95,6 +101,11 @@ def command(
             f"preset {preset} with these settings looks at no activations; "
             f"leave --calib-data, --n-samples, --seq-len, --seed and --moe-calibrate-all away"
         )
+    if dry_run:
+        with console.progress("dry run") as on_progress:
+            found = estimate.estimate(model, out, recipe, place, on_progress, config, activations)
+        console.print_json(found.to_dict()) if json_output else _print_estimate(found)
+        return
     if not distributed.is_first():
         assist(model, recipe, place, config)
         return
@@ -130,6 +141,21 @@ def command(
         _print_summary(path, summary, "not asked for" if proof is None else checking.summary_line(proof))
     if proof is not None:
         api.refuse_failed(proof)
+
+
+def _print_estimate(found: Estimate) -> None:
+    columns = ["", "needed", "free"]
+    rows = [
+        [what, human_bytes(need), "unknown" if free is None else human_bytes(free)]
+        for what, need, free in (
+            ("memory", found.ram_bytes, found.free_ram_bytes),
+            ("GPU memory", found.gpu_bytes, found.free_gpu_bytes),
+            ("disk", found.disk_bytes, found.free_disk_bytes),
+        )
+        if need is not None
+    ]
+    rows += [[f"time, {phase}", human_seconds(seconds), ""] for phase, seconds in found.seconds.items()]
+    console.print_table("what the run would take, by a probe of one block", columns, rows)
 
 
 def _print_summary(path: Path, summary: dict[str, Any], proof: str) -> None:

@@ -54,11 +54,11 @@ _COMPANIONS = (
 )
 
 # What transformers raises at a config.json with values of the wrong kind.
-_CONFIG_ERRORS = (
+CONFIG_ERRORS = (
     OSError,
     ValueError,
     TypeError,
-    KeyError,
+    LookupError,
     AttributeError,
     ArithmeticError,
     StrictDataclassError,
@@ -203,7 +203,7 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             source.path, local_files_only=True, trust_remote_code=False
         )
-    except _CONFIG_ERRORS as error:
+    except CONFIG_ERRORS as error:
         raise UnsupportedModelError(f"{source.name}: the config is unusable: {_one_line(error)}") from error
     return config
 
@@ -215,7 +215,7 @@ def empty_model(config: PreTrainedConfig, source: ModelSource) -> PreTrainedMode
             model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, attn_implementation=attention_for(KVScheme(), config)
             )
-    except (*_CONFIG_ERRORS, RuntimeError, AssertionError) as error:
+    except (*CONFIG_ERRORS, RuntimeError, AssertionError) as error:
         raise UnsupportedModelError(
             f"{source.name}: the config makes no model: {_one_line(error)}"
         ) from error
@@ -266,7 +266,7 @@ def _generation_config(source: ModelSource, config: PreTrainedConfig) -> Generat
         return GenerationConfig.from_model_config(config)
     try:
         return GenerationConfig.from_pretrained(source.path, local_files_only=True)
-    except _CONFIG_ERRORS as error:
+    except CONFIG_ERRORS as error:
         raise UnsupportedModelError(
             f"{source.name}: generation_config.json is unusable: {_one_line(error)}"
         ) from error

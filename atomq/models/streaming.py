@@ -107,6 +107,15 @@ class StoredWeights:
         )
 
 
+def tensors_to_store(module: nn.Module, prefix: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """State of `module`, with floating-point parameters in the storage dtype and codes as they are."""
+    parameters = {name for name, _ in module.named_parameters()}
+    return {
+        prefix + name: tensor.to(dtype) if name in parameters else tensor
+        for name, tensor in module.state_dict().items()
+    }
+
+
 def empty(module: nn.Module) -> None:
     """Take the values of all parameters and buffers away again; names and shapes stay."""
     module.to("meta")

@@ -1,0 +1,271 @@
+"""What a run will take, before it is done: `quantize --dry-run`.
+
+The first block is quantized for once, on the device and with all of the calibration text that the run would
+have, and its shard is written and thrown away. Time per phase follows by the number of blocks; memory is that
+of one block, since a run never holds more. What cannot fit at all is refused before that.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from atomq.assist import cut_windows, expert_routing
+from atomq.block_loop import calibrate_blocks, check_widths, quantize_blocks
+from atomq.config import FLOAT_BITS, CalibrationConfig, Recipe
+from atomq.errors import ConfigError
+from atomq.formats.files import write_file
+from atomq.formats.journal import Hashed
+from atomq.formats.shards import ShardTensor, shard_bytes, whole
+from atomq.memory import PeakMemory, free_bytes, held_bytes
+from atomq.models.blocks import blocks_of, linear_shapes
+from atomq.models.families import ModelFamily, find_family
+from atomq.models.loading import companions, load_tokenizer, open_float_model
+from atomq.models.source import ModelSource, resolve_source, source_hash
+from atomq.models.streaming import StoredWeights, tensors_to_store
+from atomq.progress import OnProgress, silently
+
+_SMALL_FILES = 80_000  # config, manifest, index, card, reports
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run is expected to take, and what there is.
+
+    Attributes:
+        seconds: per phase, and in total.
+        ram_bytes: largest anonymous and shared memory of the process, imports included.
+        gpu_bytes: largest allocation on the GPU; None on the CPU.
+        disk_bytes: largest use of the disk, of which `out_bytes` stay.
+        free_ram_bytes, free_gpu_bytes, free_disk_bytes: what could be taken now; None if unknown.
+    """
+
+    seconds: dict[str, float]
+    ram_bytes: int
+    gpu_bytes: int | None
+    disk_bytes: int
+    out_bytes: int
+    free_ram_bytes: int | None
+    free_gpu_bytes: int | None
+    free_disk_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lacking(self) -> list[str]:
+        """What of the machine is not enough, in words."""
+        needs = (
+            ("memory", self.ram_bytes, self.free_ram_bytes),
+            ("GPU memory", self.gpu_bytes, self.free_gpu_bytes),
+            ("disk", self.disk_bytes, self.free_disk_bytes),
+        )
+        return [
+            f"{need / 1e9:.2f} GB of {what} are needed, {free / 1e9:.2f} GB are free"
+            for what, need, free in needs
+            if need is not None and free is not None and need > free
+        ]
+
+
+def estimate(
+    model_name: str,
+    out: Path,
+    recipe: Recipe,
+    device: torch.device,
+    on_progress: OnProgress = silently,
+    calibration: CalibrationConfig | None = None,
+    activations: str = "device",
+) -> Estimate:
+    """Probe one block and estimate the run of `pipeline.quantize` with the same arguments.
+
+    Writes nothing that stays.
+
+    Raises:
+        ConfigError: the run cannot fit into what there is.
+        AtomqError: every other kind of bad input, as in the run itself.
+    """
+    began = time.perf_counter()
+    calibration = calibration or CalibrationConfig()
+    source = resolve_source(model_name)
+    tokenizer = load_tokenizer(source)
+    windows = cut_windows(tokenizer, calibration) if recipe.needs_calibration else None
+    model, weights = open_float_model(source)
+    family = find_family(model.config.model_type)
+    n_blocks = len(blocks_of(model, family))
+    check_widths(model, family, recipe.scheme)
+    n_tokens = 0
+    if windows is not None:
+        windows.check_vocabulary(model.config.vocab_size)
+        n_tokens = windows.n_tokens
+    _refuse_hopeless(model, family, recipe, device, n_tokens, activations)
+    source_hash(source)
+    loading = time.perf_counter() - began
+
+    outer_bytes = _bytes_outside_blocks(model, family, weights)
+    place = next(folder for folder in (out.absolute().parent, *out.absolute().parents) if folder.is_dir())
+    token_ids = None if windows is None else windows.token_ids
+    with (
+        tempfile.TemporaryDirectory(prefix=".atomq-probe-", dir=place) as scratch,
+        PeakMemory(device) as peak,
+    ):
+        probe = _Probe(source, recipe, device, calibration, Path(scratch))
+        on_disk = Path(scratch) if activations == "disk" else None
+        if token_ids is not None:
+            probe.run(token_ids[:1], None)  # compiles and warms up
+        on_progress(0, 1, "probing one block")
+        probe.run(token_ids, on_disk)
+        on_progress(1, 1, "probing one block")
+    seconds = {"loading": loading}
+    for phase, (once, each) in probe.phases.items():
+        seconds[phase] = once + n_blocks * each
+    seconds["writing"] = seconds.get("writing", 0.0) + probe.seconds_per_byte * outer_bytes
+    seconds["total"] = sum(seconds.values())
+    copied_bytes = sum(map(len, companions(source).values()))
+    out_bytes = n_blocks * probe.shard_bytes + outer_bytes + copied_bytes + _SMALL_FILES
+    hidden_bytes = 4 * n_tokens * model.config.hidden_size if activations == "disk" else 0
+    free = free_bytes()
+    result = Estimate(
+        seconds,
+        peak.peak_bytes,
+        peak.peak_gpu_bytes,
+        out_bytes + hidden_bytes,
+        out_bytes,
+        free_ram_bytes=None if free is None else free + held_bytes(),  # what is held now a run would hold too
+        free_gpu_bytes=None if device.type != "cuda" else torch.cuda.mem_get_info(device)[0],
+        free_disk_bytes=shutil.disk_usage(place).free,
+    )
+    if lacking := result.lacking():
+        raise ConfigError(f"the run cannot fit: {'; '.join(lacking)}; {_ADVICE}")
+    return result
+
+
+_ADVICE = "give fewer --n-samples, --activations disk, another device, or a folder on a larger disk"
+
+
+class _Probe:
+    """Quantizes the first block of a model, as often as asked, and notes how long each phase took.
+
+    Attributes:
+        phases: seconds per phase of the last run: what is done once in a run, and what for each block.
+        shard_bytes: of the block as written; `seconds_per_byte`: how fast that was.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        recipe: Recipe,
+        device: torch.device,
+        calibration: CalibrationConfig,
+        folder: Path,
+    ) -> None:
+        self.source, self.recipe, self.device = source, recipe, device
+        self.calibration, self.folder = calibration, folder
+        self.phases: dict[str, tuple[float, float]] = {}
+        self.shard_bytes, self.seconds_per_byte = 0, 0.0
+
+    def run(self, token_ids: torch.Tensor | None, scratch: Path | None) -> None:
+        """`token_ids` int64 [n_windows, seq_len], or None if the recipe needs none."""
+        model, weights = open_float_model(self.source)
+        family = find_family(model.config.model_type)
+        model.set_submodule(family.blocks, nn.ModuleList(list(blocks_of(model, family))[:1]))
+        routing = expert_routing(family, self.calibration)
+        self.phases = {}
+        statistics = None
+        if self.recipe.scheme.outliers.reorder and token_ids is not None:
+            first = _FirstCall()
+            began = time.perf_counter()
+            statistics = calibrate_blocks(model, token_ids, self.device, first, routing, weights, scratch)
+            _wait(self.device)
+            self.phases["statistics"] = (first.time - began, time.perf_counter() - first.time)
+
+        def write(prefix: str, block: nn.Module, _reports: object) -> None:
+            self._write(
+                {n: whole(t) for n, t in tensors_to_store(block, f"{prefix}.", weights.dtype).items()}
+            )
+
+        first = _FirstCall()
+        began = time.perf_counter()
+        report = quantize_blocks(
+            model,
+            self.recipe,
+            self.device,
+            first,
+            token_ids,
+            statistics,
+            write,
+            routing,
+            weights,
+            None,
+            scratch,
+        )
+        solves = "forward" in report.seconds  # and so the activations of the text were captured once more
+        for phase, lasted in report.seconds.items():
+            once = min(first.time - began, lasted) if solves and phase == "hessians" else 0.0
+            self.phases[phase] = (once, lasted - once)
+
+    def _write(self, tensors: dict[str, ShardTensor]) -> None:
+        content = Hashed(shard_bytes(tensors))
+        began = time.perf_counter()
+        write_file(self.folder / "probe.safetensors", content)
+        self.shard_bytes = content.n_bytes
+        self.seconds_per_byte = (time.perf_counter() - began) / max(content.n_bytes, 1)
+
+
+class _FirstCall:
+    """An `OnProgress` that notes when it was first called: when the activations of the text are captured."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+
+    def __call__(self, _done: float, _total: int, _step: str) -> None:
+        self.time = self.time or time.perf_counter()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _bytes_outside_blocks(model: PreTrainedModel, family: ModelFamily, weights: StoredWeights) -> int:
+    tied = set(model.all_tied_weights_keys)
+    return sum(
+        tensor.numel() * weights.dtype.itemsize
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(f"{family.blocks}.") and name not in tied
+    )
+
+
+def _refuse_hopeless(
+    model: PreTrainedModel,
+    family: ModelFamily,
+    recipe: Recipe,
+    device: torch.device,
+    n_tokens: int,
+    activations: str,
+) -> None:
+    """Refuse what does not fit even without all that a sum of the largest tensors leaves out.
+
+    Raises:
+        ConfigError: the activations, one block and its largest Hessian are more than there is.
+    """
+    block = blocks_of(model, family)[0]
+    needed = 4 * sum(parameter.numel() for parameter in block.parameters())
+    if activations == "device":
+        needed += 4 * n_tokens * model.config.hidden_size
+    if recipe.solver.method == "gptq" and recipe.scheme.weights.n_bits < FLOAT_BITS:
+        widest = max(shape.n_in for shape in linear_shapes(model, family).values())
+        needed += (4 + 8) * widest**2  # the Hessian, and its factor in float64
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_bytes()
+    if free is not None and needed > free:
+        where = "GPU memory" if device.type == "cuda" else "memory"
+        raise ConfigError(
+            f"the run cannot fit: at least {needed / 1e9:.2f} GB of {where} are needed, "
+            f"{free / 1e9:.2f} GB are free; {_ADVICE}"
+        )

@@ -1,0 +1,123 @@
+"""A dry run says what the run then takes, leaves nothing, and refuses what cannot fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_checkpoints import calibration_text, quantize_tiny, recipe_of
+from tiny_models import save_tiny_model
+
+import atomq.estimate
+import atomq.memory
+from atomq.cli import main
+from atomq.config import CalibrationConfig
+from atomq.errors import ConfigError
+from atomq.estimate import estimate
+from atomq.memory import PeakMemory, free_bytes, held_bytes
+
+CPU = torch.device("cpu")
+
+
+def dry_run(model: Path, out: Path, scheme: str = "atom", **options):
+    calibration = CalibrationConfig(str(calibration_text(out.parent)), 4, seq_len=32)
+    return estimate(str(model), out, recipe_of(scheme), CPU, calibration=calibration, **options)
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory) -> Path:
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "num_hidden_layers": 6}
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "deep", **sizes)
+
+
+@pytest.mark.parametrize("scheme", ["atom", "rtn", "w16a4"])
+def test_memory_and_disk_are_what_the_run_then_takes(deep, tmp_path, scheme):
+    found = dry_run(deep, tmp_path / "OUT", scheme)
+    assert [path.name for path in tmp_path.iterdir()] == ["calibration.txt"]
+    quantize_tiny(deep, tmp_path / "OUT", scheme)
+    report = json.loads((tmp_path / "OUT" / "reports" / "quantize.json").read_text())
+    assert found.out_bytes == pytest.approx(size_of(tmp_path / "OUT"), rel=0.25)
+    assert found.disk_bytes == found.out_bytes
+    assert found.ram_bytes == pytest.approx(report["host"]["peak_memory_bytes"], rel=0.25)
+    assert (found.gpu_bytes, found.free_gpu_bytes) == (None, None)
+
+
+def test_the_phases_are_those_of_the_run_and_grow_with_the_number_of_blocks(deep, tmp_path):
+    found = dry_run(deep, tmp_path / "OUT")
+    result = quantize_tiny(deep, tmp_path / "OUT")
+    assert set(found.seconds) == set(result.summary["seconds"])
+    assert all(seconds >= 0 for seconds in found.seconds.values())
+    assert found.seconds["total"] == pytest.approx(
+        sum(seconds for phase, seconds in found.seconds.items() if phase != "total")
+    )
+
+
+def test_time_is_that_of_one_block_times_the_number_of_blocks(deep, tmp_path, monkeypatch):
+    """With a probe whose times are known."""
+
+    class Probe(atomq.estimate._Probe):
+        def run(self, token_ids, scratch):
+            super().run(token_ids, scratch)
+            self.phases = {"statistics": (2.0, 3.0), "solving": (0.0, 5.0), "writing": (0.0, 0.5)}
+            self.shard_bytes, self.seconds_per_byte = 1000, 0.0
+
+    monkeypatch.setattr(atomq.estimate, "_Probe", Probe)
+    seconds = dry_run(deep, tmp_path / "OUT").seconds
+    assert {name: seconds[name] for name in ("statistics", "solving", "writing")} == {
+        "statistics": 2 + 6 * 3,
+        "solving": 30,
+        "writing": 3,
+    }
+
+
+def test_activations_on_the_disk_count_there(deep, tmp_path):
+    here, there = (dry_run(deep, tmp_path / "OUT", activations=place) for place in ("device", "disk"))
+    assert there.disk_bytes - there.out_bytes == 4 * 32 * 128 * 4
+    assert here.disk_bytes == here.out_bytes
+
+
+@pytest.mark.parametrize("what", ["memory", "disk"])
+def test_what_cannot_fit_is_refused(deep, tmp_path, monkeypatch, what):
+    if what == "memory":
+        monkeypatch.setattr(atomq.estimate, "free_bytes", lambda: 10_000_000)
+        monkeypatch.setattr(atomq.estimate, "held_bytes", lambda: 0)
+    else:
+        usage = atomq.estimate.shutil.disk_usage(tmp_path)._replace(free=100_000)
+        monkeypatch.setattr(atomq.estimate.shutil, "disk_usage", lambda _place: usage)
+    with pytest.raises(ConfigError, match=rf"the run cannot fit: .* GB of {what} are needed, .* GB are free"):
+        dry_run(deep, tmp_path / "OUT")
+
+
+def test_what_is_hopeless_is_refused_before_any_block_is_read(deep, tmp_path, monkeypatch):
+    monkeypatch.setattr(atomq.estimate, "free_bytes", lambda: 500_000)
+    monkeypatch.setattr(atomq.estimate, "_Probe", None)
+    with pytest.raises(ConfigError, match=r"the run cannot fit: at least 0\.00 GB of memory are needed"):
+        dry_run(deep, tmp_path / "OUT")
+
+
+def test_the_command_prints_and_stops(tiny_dir, tmp_path, text_file, capsys):
+    argv = ["quantize", tiny_dir, tmp_path / "OUT", "--n-outliers", 5, "--group-size", 16, "--dry-run"]
+    argv = [str(part) for part in (*argv, "--calib-data", text_file, "--n-samples", 4, "--seq-len", 64)]
+    assert main(argv) == 0
+    assert "what the run would take" in capsys.readouterr().out
+    assert main([*argv, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ram_bytes"] > 1e8
+    assert not (tmp_path / "OUT").exists()
+
+
+def test_memory_that_is_held_for_a_moment_is_noticed():
+    before = held_bytes()
+    with PeakMemory(CPU) as memory:
+        block = torch.ones(50_000_000)
+        atomq.memory.threading.Event().wait(0.1)
+        del block
+    assert memory.peak_bytes - before == pytest.approx(200e6, rel=0.2)
+    assert memory.peak_gpu_bytes is None
+    assert free_bytes() is None or free_bytes() > 0
