@@ -89,3 +89,11 @@ def test_the_citation_names_this_version():
     assert citation["version"] == atomq.__version__
     assert citation["license"] == "Apache-2.0"
     assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
+
+
+def test_fences_are_such_that_the_site_understands():
+    """A language of one word: else Python-Markdown takes the fence for text and what follows for code."""
+    for page in PAGES:
+        fences = re.findall(r"^```(.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        assert len(fences) % 2 == 0, page.name
+        assert all(re.fullmatch(r"[\w.+-]*", fence) for fence in fences), page.name

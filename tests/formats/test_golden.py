@@ -291,7 +291,9 @@ def test_the_document_shows_the_same_bytes():
     assert shown == DATA
     assert f"{len(golden_shard())} bytes" in text
     assert SHARD_SHA256 in text
-    (scheme,) = re.findall(r"```json scheme\n(.*?)```", text, re.DOTALL)
+    (scheme,) = re.findall(
+        r"```json\n(.*?)```", text.partition("scheme of the worked example:")[2], re.DOTALL
+    )
     assert from_dict(QuantScheme, json.loads(scheme), "scheme.") == SCHEME
 
 
