@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +34,7 @@ HUB_PATTERNS = (
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _INDEX = "model.safetensors.index.json"
-_CHUNK_BYTES = 1 << 20
+_FILES_AT_A_TIME = 8
 
 
 @dataclass(frozen=True)
@@ -133,20 +134,24 @@ def weight_files(source: ModelSource) -> list[Path]:
 def source_hash(source: ModelSource) -> str:
     """SHA-256 (hex) of what makes the model: the GGUF file, or config.json and every weight file.
 
-    Of a directory each file counts with its name, its size and its content, in the order of the names;
-    the hash of a GGUF file is that of its content alone, as `sha256sum` prints it.
+    Of a directory each file counts with its name, its size and its SHA-256, in the order of the names, so
+    that several are read at a time; the hash of a GGUF file is that of its content alone, as `sha256sum`
+    prints it.
     """
-    digest = hashlib.sha256()
     files = weight_files(source)
-    if source.kind == "directory":
-        files = sorted([source.path / "config.json", *files], key=lambda file: file.name)
-    for file in files:
-        if source.kind == "directory":
-            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as stream:
-            while chunk := stream.read(_CHUNK_BYTES):
-                digest.update(chunk)
+    if source.kind == "gguf":
+        return _file_hash(files[0]).hex()
+    files = sorted([source.path / "config.json", *files], key=lambda file: file.name)
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(_FILES_AT_A_TIME) as pool:
+        for file, own in zip(files, pool.map(_file_hash, files), strict=True):
+            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode() + own)
     return digest.hexdigest()
+
+
+def _file_hash(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
 
 
 def _fetch(hub_id: str) -> Path:

@@ -111,9 +111,16 @@ def tensors_to_store(module: nn.Module, prefix: str, dtype: torch.dtype) -> dict
     """State of `module`, with floating-point parameters in the storage dtype and codes as they are."""
     parameters = {name for name, _ in module.named_parameters()}
     return {
-        prefix + name: tensor.to(dtype) if name in parameters else tensor
+        prefix + name: _on_host(tensor.to(dtype) if name in parameters else tensor)
         for name, tensor in module.state_dict().items()
     }
+
+
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` on the CPU; from a GPU in pinned memory, which torch keeps for the next block."""
+    if not tensor.is_cuda:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 
 def empty(module: nn.Module) -> None:
