@@ -4,6 +4,8 @@
 //   query      ELEMENT [n_sequences, n_heads * GROUP, HEAD_DIM], query_stride elements between sequences: before the
 //              norm (norm_weight) and before RoPE, which are applied here at position length - 1
 //   pages, page_table, rotary, norm_weight, key_offset   as in kv_append.cu
+//   page_turns half2 [SLOTS / 4][PAGE_TOKENS][4][2][2]: cosines, sines of rotary's first page for two channels each, by
+//              two slots, place, lane t and slot (before RoPE only)
 //   lengths    int32 [n_sequences], the new token included; 0 for an empty slot, whose output is 0
 //   out        ELEMENT [n_sequences, n_heads * GROUP, HEAD_DIM], contiguous
 //   partials   float32 [n_sequences, n_heads, n_splits, GROUP, STORED_DIM + 2], counters uint32 [n_sequences, n_heads],
@@ -88,8 +90,8 @@ struct Walk {
 
 extern "C" __global__ void __launch_bounds__(32 * N_WARPS, RESIDENT_CTAS)
 kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pages, const int* __restrict__ page_table,
-             const int* __restrict__ lengths, const float2* __restrict__ rotary, const float* __restrict__ norm_weight,
-             const float* __restrict__ key_offset, ELEMENT* __restrict__ out, float* __restrict__ partials,
+             const int* __restrict__ lengths, const float2* __restrict__ rotary, const unsigned* __restrict__ page_turns,
+             const float* __restrict__ norm_weight, const float* __restrict__ key_offset, ELEMENT* __restrict__ out, float* __restrict__ partials,
              unsigned* __restrict__ counters, int query_stride, int table_stride, float epsilon, float softmax_scale) {
     extern __shared__ __align__(16) unsigned shared[];
     float* queries = reinterpret_cast<float*>(shared);
@@ -119,6 +121,8 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
     walk.n_steps = walk.n_pages ? (walk.n_pages - 1) * PAGE_STEPS + min(PAGE_STEPS, (last_tokens + 15) / STEP_TOKENS) : 0;
     walk.n_heads = n_heads;
     walk.head = head;
+    for (int i = threadIdx.x * 4; i < TURN_WORDS; i += 32 * N_WARPS * 4) copy_async(turns + i, page_turns + i);
+    copy_commit();
 #pragma unroll
     for (int step = 0; step < STAGES - 1; ++step) walk.start_copy(step);
 
@@ -128,20 +132,13 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
         const float x = i < GROUP * HEAD_DIM ? static_cast<float>(source[i]) : 0.0f;
         queries[i / HEAD_DIM * QUERY_STRIDE + i % HEAD_DIM] = x;
     }
-    for (int i = threadIdx.x; i < TURN_WORDS / 2; i += 32 * N_WARPS) {  // of two neighbouring angles each
-        const int angle = i % (STORED_DIM / 4) * 2, row = i / (STORED_DIM / 4), slot = angle % SLOTS / 2;
-        float2 turn[2] = {};
-        if (angle < HEAD_DIM / 2) turn[0] = rotary[row * (HEAD_DIM / 2) + angle], turn[1] = rotary[row * (HEAD_DIM / 2) + angle + 1];
-        const int at = ((slot / 2 * PAGE_TOKENS + row) * 4 + angle / SLOTS) * 4 + slot % 2 * 2;
-        turns[at] = as_word(__floats2half2_rn(turn[0].x, turn[1].x));
-        turns[at + 1] = as_word(__floats2half2_rn(turn[0].y, turn[1].y));
-    }
     for (int i = threadIdx.x; i < OFFSET_WORDS; i += 32 * N_WARPS) {  // [slot / 4][t][slot % 4]
         const int slot = i / 16 * 4 + i % 4, half = slot / (SLOTS / 2);
         const int channel = key_channel(half, i / 4 % 4 * SLOTS + slot % (SLOTS / 2) * 2);
         const float* row = key_offset + head * HEAD_DIM;
         offsets[i] = channel < 0 ? 0u : as_word(__floats2half2_rn(row[channel], row[channel + 1]));
     }
+    copy_wait<STAGES - 1>();
     __syncthreads();
     for (int i = warp; i < GROUP; i += N_WARPS) {
         float* own = queries + i * QUERY_STRIDE;
@@ -183,7 +180,7 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
             load_chunk(stage + i * 32 * CHUNK_WORDS, lane, words[i]);
         }
 
-        float scores[HEAD_TILES][4] = {};
+        float scores[HEAD_TILES][4] = {}, others[HEAD_TILES][4] = {};  // two chains of mma, half as long
         if constexpr (KEY_MODE == 0) {
 #pragma unroll
             for (int k = 0; k < SLOTS / 2; ++k) {
@@ -191,7 +188,7 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
                                        subnormal_codes(words[0], 2 * k + 1), subnormal_codes(words[1], 2 * k + 1)};
 #pragma unroll
                 for (int tile = 0; tile < HEAD_TILES; ++tile) {
-                    mma_float16<false>(scores[tile], a, operand[tile][2 * k], operand[tile][2 * k + 1]);
+                    mma_float16<false>(k % 2 ? others[tile] : scores[tile], a, operand[tile][2 * k], operand[tile][2 * k + 1]);
                 }
             }
         } else {
@@ -220,7 +217,7 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
                     const unsigned* own = parked + (tile * SLOTS + 2 * k) * 32 * N_WARPS;
                     const unsigned b0 = PARKS_OPERAND ? own[0] : operand[tile][2 * k];
                     const unsigned b1 = PARKS_OPERAND ? own[32 * N_WARPS] : operand[tile][2 * k + 1];
-                    mma_float16<false>(scores[tile], a, b0, b1);
+                    mma_float16<false>(k % 2 ? others[tile] : scores[tile], a, b0, b1);
                 }
             }
         }
@@ -228,7 +225,7 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
         for (int i = 0; i < 4 * HEAD_TILES; ++i) {
             const int tile = i / 4, j = i % 4;
             const float2 range = key_ranges[j / 2];
-            float score = scores[tile][j] * log_scale;
+            float score = (scores[tile][j] + others[tile][j]) * log_scale;
             if (KEY_MODE == 0 && BITS < 16) score = score * (range.x * CODE_UNIT) + range.y * (sums[tile][j % 2] * log_scale);
             scores[tile][j] = exists[j / 2] ? score : minus_infinity();
         }

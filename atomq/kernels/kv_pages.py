@@ -122,6 +122,7 @@ class HeadParameters(NamedTuple):
         query_norm, key_norm: weights [head_dim] of the RMS norms of a head before RoPE, or None.
         epsilon: of the norms.
         key_offset: [n_heads, head_dim], taken off K before it is coded before RoPE and added back; or None.
+        page_turns: `rotary`'s first page as the decode kernel reads it, for K before RoPE; see `of`.
     """
 
     rotary: torch.Tensor
@@ -130,6 +131,27 @@ class HeadParameters(NamedTuple):
     key_norm: torch.Tensor | None = None
     epsilon: float = 0.0
     key_offset: torch.Tensor | None = None
+    page_turns: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        rotary: torch.Tensor,
+        softmax_scale: float,
+        query_norm: torch.Tensor | None = None,
+        key_norm: torch.Tensor | None = None,
+        epsilon: float = 0.0,
+        key_offset: torch.Tensor | None = None,
+    ) -> HeadParameters:
+        """With the turns of a page made of `rotary`, which has at least a page of positions."""
+        n_angles = rotary.shape[1]
+        stored = math.ceil(n_angles / 16) * 16
+        padded = torch.nn.functional.pad(rotary[:PAGE_TOKENS], (0, 0, 0, stored - n_angles))
+        by_lane = padded.reshape(
+            PAGE_TOKENS, 4, -1, 2, 2, 2
+        )  # place, t, two slots, slot, channel, cos or sin
+        page_turns = by_lane.permute(2, 0, 1, 3, 5, 4).half().contiguous()
+        return cls(rotary, softmax_scale, query_norm, key_norm, epsilon, key_offset, page_turns)
 
 
 @functools.cache

@@ -81,8 +81,17 @@ class Decoder:
             x += block.down(block.gate_up(x))
         return self._logits(x)
 
-    def prefill(self, prompts: Sequence[torch.Tensor], rows: Sequence[int], cache: Cache) -> torch.Tensor:
+    def prefill(
+        self,
+        prompts: Sequence[torch.Tensor],
+        rows: Sequence[int],
+        cache: Cache,
+        *,
+        after_every_token: bool = False,
+    ) -> torch.Tensor:
         """Logits [n, vocabulary] after whole prompts, int64 [tokens] each, put into rows `rows` of the cache.
+
+        With `after_every_token` there are as many as tokens.
 
         Attention reads K and V back from the cache, so the prompt is seen as later tokens will see it.
         """
@@ -100,6 +109,8 @@ class Decoder:
             attended = _causal_attention(query, keys, values, counts, block.heads.softmax_scale)
             x += block.o(attended)
             x += block.down(block.gate_up(x))
+        if after_every_token:
+            return self._logits(x)
         last = torch.tensor(counts).cumsum(0) - 1
         return self._logits(x[last.to(self.device)])
 

@@ -88,7 +88,7 @@ def _rotary_table(module: nn.Module, max_positions: int, device: torch.device) -
 def _block(name: str, layer: Any, rotary: torch.Tensor, dtype: torch.dtype) -> Block:
     attention, mlp = layer.self_attn, layer.mlp
     query_norm, key_norm = (getattr(attention, n, None) for n in ("q_norm", "k_norm"))
-    heads = HeadParameters(
+    heads = HeadParameters.of(
         rotary,
         attention.scaling,
         None if query_norm is None else query_norm.weight.detach().float(),

@@ -42,7 +42,7 @@ def make_heads(layout: PageFormat, *, norms=False, offset=False, n_positions=192
     angles = torch.arange(n_positions)[:, None] * torch.logspace(0, -3, layout.head_dim // 2)
     norm = [torch.rand(layout.head_dim, generator=generator) + 0.5 for _ in range(2)]
     key_offset = torch.randn(layout.n_heads, layout.head_dim, generator=generator) * 2
-    return HeadParameters(
+    return HeadParameters.of(
         torch.stack((angles.cos(), angles.sin()), dim=-1).contiguous(),
         layout.head_dim**-0.5,
         *(norm if norms else (None, None)),
@@ -239,6 +239,7 @@ def test_operands_that_do_not_fit_are_refused():
         (lambda: attend(lengths=sequences.lengths[:1]), "lengths"),
         (lambda: attend(heads=sequences.heads._replace(rotary=sequences.heads.rotary[:10])), "10 positions"),
         (lambda: attend(heads=sequences.heads._replace(key_norm=torch.ones(3))), "key_norm"),
+        (lambda: attend(heads=sequences.heads._replace(page_turns=None)), "HeadParameters.of"),
         (lambda: PageFormat(2, 72), "head_dim 72"),
         (lambda: PageFormat(2, 64, 3), "3 bits"),
         (lambda: PageFormat(2, 96, 4, "before_rope", "hadamard"), "kv.key_position=after_rope"),

@@ -71,8 +71,11 @@ def test_logits_are_the_simulations(name):
     decoder = decoder_of(model, 64, torch.float32)
     ids = PROMPTS[2]
     expected = model(torch.tensor([ids])).logits[0]
-    last = decoder.prefill([torch.tensor(ids)], [0], Cache(decoder, 1, 64))
-    for found, wanted in ((last, expected[-1:]), (step_by_step(decoder, ids), expected[1:])):
+    cache, prompts = Cache(decoder, 2, 64), [torch.tensor(ids[:3]), torch.tensor(ids)]
+    last = decoder.prefill(prompts, [1, 0], cache)
+    every = decoder.prefill(prompts, [1, 0], cache, after_every_token=True)
+    assert torch.allclose(last, every[[2, -1]], rtol=1e-4, atol=1e-4)
+    for found, wanted in ((every[3:], expected), (step_by_step(decoder, ids), expected[1:])):
         # A code on the edge may fall to either side, and one code moves the logits of a tiny model by 1 %.
         assert (found - wanted).norm() <= (0.1 if name == "hadamard" else 0.02) * wanted.norm()
 
