@@ -14,6 +14,7 @@ import typer
 
 from atomq import __version__
 from atomq.commands import (
+    bench_e2e,
     bench_gemm,
     calibrate,
     compare,
@@ -79,6 +80,7 @@ _register("report", report.command, report.HELP)
 _register("compare", compare.command, compare.HELP)
 _register("doctor", doctor.command, doctor.HELP)
 _register("bench-gemm", bench_gemm.command, bench_gemm.HELP)
+_register("bench-e2e", bench_e2e.command, bench_e2e.HELP)
 _register("verify", verify.command, verify.HELP)
 
 

@@ -42,7 +42,7 @@ COMMANDS = (
     "compare",
     "doctor",
 )
-KERNEL_COMMANDS = {"verify", "bench-gemm"}
+KERNEL_COMMANDS = {"verify", "bench-gemm", "bench-e2e"}
 TINY = ["--n-outliers", "5", "--group-size", "16"]
 DATA = ["--n-samples", "4", "--seq-len", "64"]
 

@@ -136,7 +136,7 @@ LIBRARIES = {
     "safetensors": {"formats": ALWAYS, "models.weights": ALWAYS, "facts": ALWAYS},
     "typer": {"cli": ALWAYS, "commands": ALWAYS},
     "rich": {"cli": ALWAYS, "commands": ALWAYS},
-    "matplotlib": {"formats.channel_plot": ALWAYS, "formats.gemm_plot": ALWAYS},
+    "matplotlib": {"formats.channel_plot": ALWAYS, "formats.gemm_plot": ALWAYS, "formats.e2e_plot": ALWAYS},
     "datasets": {"eval.corpora": LAZILY},
     "lm_eval": {"eval.tasks": LAZILY},
     "vllm": {"integrations.vllm_method": ALWAYS},

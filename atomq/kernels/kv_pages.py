@@ -96,13 +96,14 @@ class PageFormat:
         return PAGE_TOKENS * self.stored_dim * self.n_bits // 8
 
     @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's K and V of all heads, with ranges."""
+        return self.n_heads * self.page_bytes // PAGE_TOKENS
+
+    @property
     def page_bytes(self) -> int:
         """Bytes of one head in a page."""
         return 2 * self.side_bytes + (PAGE_TOKENS * 8 if self.n_bits < FLOAT_BITS else 0)
-
-    def empty_pages(self, n_pages: int, device: torch.device) -> torch.Tensor:
-        """uint8 [n_pages, n_heads, page_bytes], holding anything."""
-        return torch.empty((n_pages, self.n_heads, self.page_bytes), dtype=torch.uint8, device=device)
 
     def key_places(self) -> torch.Tensor:
         """int64 [PAGE_TOKENS, head_dim]: the place of each code of K among the page's codes of `n_bits`."""

@@ -79,7 +79,7 @@ class Decoder:
             attended = decode_attention(query, pages, cache.table, lengths, self.layout, block.heads)
             x += block.o(attended.flatten(1))
             x += block.down(block.gate_up(x))
-        return self._logits(x)
+        return self.logits(x)
 
     def prefill(
         self,
@@ -110,9 +110,9 @@ class Decoder:
             x += block.o(attended)
             x += block.down(block.gate_up(x))
         if after_every_token:
-            return self._logits(x)
+            return self.logits(x)
         last = torch.tensor(counts).cumsum(0) - 1
-        return self._logits(x[last.to(self.device)])
+        return self.logits(x[last.to(self.device)])
 
     def _split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values [T, heads, head_dim] of the stacked projection."""
@@ -121,7 +121,8 @@ class Decoder:
         first = self.n_query_heads
         return heads[:, :first], heads[:, first : first + n_kv], heads[:, first + n_kv :]
 
-    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Final norm and output head of the last block's `x` [T, hidden]."""
         normed = prepare_rows(x, norm_weight=self.final_norm.weight, epsilon=self.final_norm.epsilon)
         return functional.linear(normed, self.head)
 
@@ -135,8 +136,17 @@ class Cache:
         rows: int32 [n_rows]: 0, 1, 2, ..
     """
 
-    def __init__(self, decoder: Decoder, n_rows: int, max_tokens: int, n_pages: int | None = None) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        n_rows: int,
+        max_tokens: int,
+        n_pages: int | None = None,
+        memory: torch.Tensor | None = None,
+    ) -> None:
         """`n_pages` None gives each row the pages of `max_tokens`; else rows get theirs by `give`.
+
+        `memory` uint8 [bytes], large enough, is where the pages are to lie; None allocates them.
 
         Raises:
             KernelError: `max_tokens` are more than the model has positions.
@@ -149,7 +159,11 @@ class Cache:
         device, layout = decoder.device, decoder.layout
         owns_all = n_pages is None
         n_pages = n_rows * per_row if n_pages is None else n_pages
-        self.pages = [layout.empty_pages(n_pages, device) for _ in decoder.blocks]
+        size = n_pages * layout.n_heads * layout.page_bytes
+        if memory is None:
+            memory = torch.empty(size * len(decoder.blocks), dtype=torch.uint8, device=device)
+        shape = (n_pages, layout.n_heads, layout.page_bytes)
+        self.pages = [memory[i * size : (i + 1) * size].reshape(shape) for i in range(len(decoder.blocks))]
         self.rows = torch.arange(n_rows, dtype=torch.int32, device=device)
         self.table = torch.zeros((n_rows, per_row), dtype=torch.int32, device=device)
         self._free = list(range(n_pages))[::-1]
