@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from atomq import distributed, hf, pipeline
-from atomq.checkpoints import is_checkpoint
+from atomq.checkpoints import is_checkpoint, open_checkpoint, stored_blocks
 from atomq.config import CalibrationConfig, Metric, OutlierScheme
 from atomq.errors import ConfigError, VerificationError
 from atomq.eval.perplexity import PerplexityProgress, PerplexityResult, evaluate_perplexity
@@ -171,7 +171,9 @@ def verify(
     """
     folder, place = Path(checkpoint), choose_device(device)
     arithmetic = parse_arithmetic(check, place)
-    found = verify_linears(hf.load(folder, check_hashes=True), place, on_progress, arithmetic)
+    opened = open_checkpoint(folder, check_hashes=True)
+    n_linears, blocks = opened.n_linears, stored_blocks(folder, opened)
+    found = verify_linears(blocks, n_linears, place, on_progress, arithmetic)
     if not no_record:
         save_record(folder, "verify", verification_record(folder, place, arithmetic, found))
     return found

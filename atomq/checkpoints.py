@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +18,13 @@ from atomq.formats.checkpoint import (
     check_tensors,
     read_config,
     read_manifest,
+    read_tensors,
     tensor_headers,
 )
 from atomq.formats.schema import (
     FLOAT_DTYPES,
     QUANT_METHOD,
+    check_values,
     effective_bits,
     linear_tensors,
     parse_quantization_config,
@@ -29,9 +32,9 @@ from atomq.formats.schema import (
 from atomq.models.blocks import block_groups, blocks_of, linear_shapes
 from atomq.models.families import LinearShape, ModelFamily
 from atomq.models.loading import empty_model, load_config, load_tokenizer
-from atomq.models.quantized import head_dim_of
+from atomq.models.quantized import head_dim_of, restore_block
 from atomq.models.source import ModelSource
-from atomq.numerics.linear import TensorSpec
+from atomq.numerics.linear import QuantizedLinear, TensorSpec
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -108,6 +111,11 @@ class Opened(NamedTuple):
     family: ModelFamily
     scheme: QuantScheme
     headers: dict[str, TensorSpec]
+
+    @property
+    def n_linears(self) -> int:
+        """Quantized linears."""
+        return len(linear_shapes(self.model, self.family)) if self.scheme.quantizes_linears else 0
 
 
 def open_checkpoint(folder: Path, *, check_hashes: bool) -> Opened:
@@ -199,3 +207,26 @@ def expected_tensors(
         if name not in tied and not name.startswith(linears)
     }
     return others | replaced
+
+
+def stored_blocks(folder: Path, opened: Opened) -> Iterator[tuple[str, nn.Module]]:
+    """Every decoder block of an opened checkpoint with what is stored for it, and the prefix of its names.
+
+    One block at a time is in memory: a block loses its values when the next one is asked for.
+
+    Raises:
+        CheckpointError: a value that no writer makes.
+    """
+    model, family, scheme, headers = opened
+    head_dim = head_dim_of(model.config)
+    for index, block in enumerate(blocks_of(model, family)):
+        prefix = f"{family.blocks}.{index}."
+        own = {name for name in headers if name.startswith(prefix)}
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in read_tensors(folder, own)}
+        restore_block(block, family, scheme, head_dim, tensors)
+        del tensors
+        for name, linear in block.named_modules():
+            if isinstance(linear, QuantizedLinear):
+                check_values(prefix + name, dict(linear.named_buffers(recurse=False)), linear.scheme)
+        yield prefix, block
+        block.to("meta")

@@ -18,12 +18,12 @@ import torch
 import transformers
 import typer
 
+import atomq
 import atomq.hf
 from atomq import pipeline
 from atomq.commands.quantize import build_recipe
 from atomq.config import CalibrationConfig
 from atomq.eval.perplexity import evaluate_perplexity
-from atomq.eval.verify import verify_linears
 from atomq.eval.windows import TokenWindows, evaluation_windows
 from atomq.formats.files import write_json
 from atomq.kernels.linear import use_kernels
@@ -69,7 +69,7 @@ def main(
 
 def compare(checkpoint: Path, windows: TokenWindows) -> dict[str, Any]:
     """The proof of every linear, and the perplexity by simulation and by kernels with the seconds of each."""
-    found = verify_linears(atomq.hf.load(checkpoint), DEVICE, lambda *_: None, "kernels").summary()
+    found = atomq.verify(checkpoint, check="kernels", no_record=True).summary()
     model = atomq.hf.load(checkpoint, device="cuda")
     result: dict[str, Any] = {"verification": found}
     for backend in ("simulation", "kernels"):

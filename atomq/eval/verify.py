@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -128,41 +129,51 @@ def parse_arithmetic(name: str, device: torch.device, *others: str) -> Arithmeti
 
 
 def verify_linears(
-    model: nn.Module, device: torch.device, on_progress: OnProgress, arithmetic: Arithmetic = "auto"
+    modules: Iterable[tuple[str, nn.Module]],
+    n_linears: int,
+    device: torch.device,
+    on_progress: OnProgress,
+    arithmetic: Arithmetic = "auto",
 ) -> Verification:
-    """Check every quantized linear of a loaded checkpoint on `device`, telling `on_progress` of each.
+    """Check every quantized linear of a checkpoint on `device`, telling `on_progress` of each.
 
     A linear is on the device only while it is checked, with the linear that owns its input's order.
+
+    Args:
+        modules: blocks of the model, or all of it, each with the prefix of its names.
+        n_linears: in all of them.
 
     Raises:
         KernelError: `arithmetic` is "kernels", and they cannot compute one of the linears.
     """
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-    if arithmetic == "kernels":
+    verdicts: list[LinearVerdict] = []
+    for prefix, module in modules:
+        linears = {name: m for name, m in module.named_modules() if isinstance(m, QuantizedLinear)}
         for name, linear in linears.items():
-            problem = envelope_problem(linear)
-            if problem:
-                raise KernelError(f"{name} cannot run on the kernels: {problem}; use --check auto")
-    verdicts = []
-    for index, (name, linear) in enumerate(linears.items()):
-        on_progress(index, len(linears), name)
-        together = (linear, linear.order_owner)
-        for module in together:
-            module.to(device)
-        verdicts.append(verify_linear(name, linear, index, arithmetic))
-        for module in together:
-            module.cpu()
-    if linears:  # KV alone may be quantized
-        on_progress(len(linears), len(linears), "done")
+            on_progress(len(verdicts), n_linears, prefix + name)
+            together = (linear, linear.order_owner)
+            for moved in together:
+                moved.to(device)
+            verdicts.append(verify_linear(prefix + name, linear, len(verdicts), arithmetic))
+            for moved in together:
+                moved.cpu()
+    if verdicts:  # KV alone may be quantized
+        on_progress(n_linears, n_linears, "done")
     return Verification(tuple(verdicts))
 
 
 def verify_linear(
     name: str, linear: QuantizedLinear, seed: int, arithmetic: Arithmetic = "auto"
 ) -> LinearVerdict:
-    """Check one linear on the device that it is on."""
-    asks_kernels = linear.device.type == "cuda" and arithmetic != "exact"
+    """Check one linear on the device that it is on.
+
+    Raises:
+        KernelError: `arithmetic` is "kernels", and they do not take it.
+    """
+    asks_kernels = arithmetic == "kernels" or (linear.device.type == "cuda" and arithmetic == "auto")
     problem = envelope_problem(linear) if asks_kernels else ""
+    if problem and arithmetic == "kernels":
+        raise KernelError(f"{name} cannot run on the kernels: {problem}; use --check auto")
     kernel = KernelLinear(linear) if asks_kernels and not problem else None
     error, n_wrong = 0.0, 0
     for inputs in _test_inputs(linear, seed, N_TOKENS if kernel is None else N_KERNEL_TOKENS):

@@ -8,7 +8,9 @@ import pytest
 import torch
 from tiny_models import byte_tokenizer, make_tiny_model, save_tiny_model
 
+import atomq
 from atomq.block_loop import quantize_blocks
+from atomq.checkpoints import open_checkpoint, stored_blocks
 from atomq.cli import main
 from atomq.config import override
 from atomq.errors import KernelError
@@ -53,7 +55,8 @@ def first_linear(model) -> QuantizedLinear:
 @pytest.mark.parametrize("settings", RECIPES.values(), ids=RECIPES)
 def test_every_linear_of_every_scheme_is_proven_in_torch(settings):
     heard = []
-    found = verify_linears(quantized(settings), torch.device("cpu"), lambda *args: heard.append(args))
+    modules = [("", quantized(settings))]
+    found = verify_linears(modules, 14, torch.device("cpu"), lambda *args: heard.append(args))
     verdicts = found.verdicts
     assert len(verdicts) == 14
     assert all(v.passed and v.computed_by == "torch" for v in verdicts), max(v.error for v in verdicts)
@@ -172,7 +175,7 @@ def test_the_kernels_prove_a_checkpoint_and_run_a_model(mode):
         "w4a16": {"activations.n_bits": 16, "outliers.n_outliers": 0, "outliers.reorder": False},
     }[mode]
     model = quantized(settings, hidden_size=192, intermediate_size=320)
-    verdicts = verify_linears(model, torch.device("cuda"), lambda *_: None).verdicts
+    verdicts = verify_linears([("", model)], 14, torch.device("cuda"), lambda *_: None).verdicts
     assert {v.computed_by for v in verdicts} == {"gpu kernel"}
     assert all(v.passed for v in verdicts), [(v.name, v.error, v.n_wrong_codes) for v in verdicts]
     dtype = torch.float16 if mode == "w4a16" else torch.float32
@@ -201,6 +204,22 @@ def test_the_command_proves_a_checkpoint_and_says_what_computed_it(tmp_path, cap
     assert 0 < record["largest_error"] <= record["tolerance"]
     assert main(["verify", str(out), "--device", "cpu"]) == 0
     assert "14 of 14 linears pass (14 by torch)" in capsys.readouterr().out
+
+
+def test_one_block_at_a_time_is_read(tmp_path):
+    source, out = save_tiny_model(tmp_path / "model"), tmp_path / "out"
+    rounded = ["--preset", "rtn", "--group-size", "16", "--check", "off"]
+    assert main(["quantize", str(source), str(out), *rounded]) == 0
+    read = []
+    for prefix, block in stored_blocks(out, open_checkpoint(out, check_hashes=True)):
+        assert all(earlier.self_attn.q_proj.device.type == "meta" for earlier in read)
+        assert block.self_attn.q_proj.device.type == "cpu"
+        expected = atomq.load(out).get_submodule(prefix.rstrip(".")).state_dict()
+        assert expected.keys() == block.state_dict().keys()
+        for name, tensor in block.state_dict().items():
+            assert torch.equal(tensor, expected[name]), name
+        read.append(block)
+    assert len(read) == 2
 
 
 def test_quantize_ends_with_the_proof_and_keeps_it_in_the_reports(tmp_path, capsys):
@@ -254,7 +273,7 @@ def test_kernels_or_nobody_names_a_linear_that_they_do_not_take():
     with pytest.raises(
         KernelError, match=r"q_proj cannot run on the kernels: the kernels take weight groups"
     ):
-        verify_linears(quantized(), torch.device("cpu"), lambda *_: None, "kernels")
+        verify_linears([("", quantized())], 14, torch.device("cpu"), lambda *_: None, "kernels")
 
 
 @pytest.mark.gpu
