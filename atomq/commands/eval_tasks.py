@@ -53,6 +53,7 @@ def command(
     from atomq import distributed
     from atomq.checkpoints import is_checkpoint
     from atomq.eval.tasks import evaluate_tasks, find_files, paper_average
+    from atomq.opening import published_name
     from atomq.pipeline import choose_device
 
     place = choose_device(device)
@@ -62,7 +63,7 @@ def command(
     def ask(name: str, chosen_backend: str) -> dict[str, TaskScore]:
         opened, tokenizer = open_model(name, str(place), dtype, check_hashes=not no_check)
         choose_backend(opened, chosen_backend)
-        with console.progress(f"eval-tasks {_published(name)}") as on_progress:
+        with console.progress(f"eval-tasks {published_name(name)}") as on_progress:
             return evaluate_tasks(
                 opened,
                 tokenizer,
@@ -79,7 +80,7 @@ def command(
         gc.collect()  # before the other model is opened
         reference = None if baseline is None else ask(baseline, "simulation")
     record: dict[str, Any] = {
-        "model": _published(model),
+        "model": published_name(model),
         "num_fewshot": num_fewshot,
         "limit": limit,
         "dtype": dtype,
@@ -91,7 +92,7 @@ def command(
     }
     if baseline is not None and reference is not None:
         record |= {
-            "baseline": _published(baseline),
+            "baseline": published_name(baseline),
             "baseline_tasks": {name: asdict(score) for name, score in reference.items()},
             "baseline_average": paper_average(reference),
         }
@@ -115,7 +116,3 @@ def command(
 
 def _percent(score: TaskScore) -> str:
     return f"{100 * score.value:.2f} ± {100 * score.stderr:.2f}"
-
-
-def _published(name: str) -> str:
-    return Path(name).name if Path(name).exists() else name

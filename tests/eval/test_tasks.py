@@ -15,6 +15,7 @@ from tiny_models import byte_tokenizer, make_tiny_model
 from two_processes import in_two_processes
 
 from atomq.cli import main
+from atomq.commands import eval_tasks
 from atomq.errors import CalibrationDataError, ConfigError
 from atomq.eval import tasks
 from atomq.eval.tasks import PAPER_TASKS, TASKS, TaskScore, evaluate_tasks, find_files, paper_average
@@ -260,6 +261,10 @@ def test_a_file_of_another_form_is_refused(tmp_path, line):
     path.write_text(line + "\n")
     with pytest.raises(CalibrationDataError, match="piqa"):
         find_files(["piqa"], [str(tmp_path)])
+
+
+def test_the_papers_six_are_the_default():
+    assert tuple(eval_tasks.DEFAULT_TASKS.split(",")) == PAPER_TASKS
 
 
 def test_the_average_is_over_the_papers_six_or_not_at_all():
