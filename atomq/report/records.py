@@ -13,6 +13,14 @@ from typing import Any
 from atomq.report import charts
 
 MOST_ROWS, MOST_COLUMNS = 60, 12  # of a record that is shown as it is
+LADDER_FIGURES = {  # path in a row -> its column and how it is written
+    "kl": ("KL (nats)", ".4f"),
+    "effective_bits.weight": ("bits per weight", ".3f"),
+    "effective_bits.activation": ("per activation", ".3f"),
+    "effective_bits.kv": ("per KV entry", ".3f"),
+    "seconds": ("seconds", ".1f"),
+    "quantize_seconds": ("seconds to quantize", ".1f"),
+}
 LADDER_LABELS = ("name", "step", "recipe", "what", "variant", "preset")
 
 
@@ -56,18 +64,30 @@ def perplexity(record: Mapping[str, Any]) -> str:
 
 
 def ladder(record: Mapping[str, Any]) -> str:
-    """The rows of `atomq ablate`: each adds one step; a bar for its perplexity."""
+    """The rows of `atomq ablate`: each adds one step; a bar for its perplexity, and what else it has."""
     rows = next(v for v in record.values() if isinstance(v, list) and v and "ppl" in v[0])
     label = next(key for key in LADDER_LABELS if key in rows[0])
     finite = [row["ppl"] for row in rows if math.isfinite(row["ppl"])]
     lowest, highest = min(finite), max(finite)
     scale = math.log(highest / lowest) or 1.0
+    extra = [key for key in LADDER_FIGURES if any(_figure(row, key) is not None for row in rows)]
     cells = []
     for row in rows:
         share = math.log(row["ppl"] / lowest) / scale if math.isfinite(row["ppl"]) else 1.0
-        cells.append([escape(str(row[label])), f"{row['ppl']:.3f}", charts.bar(0.04 + 0.96 * share)])
+        figures = [_optional(_figure(row, key), LADDER_FIGURES[key][1]) for key in extra]
+        bar = charts.bar(0.04 + 0.96 * share)
+        cells.append([escape(str(row[label])), f"{row['ppl']:.3f}", bar, *figures])
     note = f"<p class=soft>Bars: from {lowest:.2f} to {highest:.2f}, on a logarithmic scale.</p>"
-    return table("perplexity after each step", ["step", "perplexity", ""], cells, "ladder") + note
+    columns = ["step", "perplexity", "", *(LADDER_FIGURES[key][0] for key in extra)]
+    return table("perplexity after each step", columns, cells) + note
+
+
+def _figure(row: Mapping[str, Any], path: str) -> float | None:
+    """The number at a dotted path of a row; None where there is none."""
+    value: Any = row
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value if isinstance(value, int | float) else None
 
 
 def tasks(record: Mapping[str, Any]) -> str:

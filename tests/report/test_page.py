@@ -164,6 +164,7 @@ def test_the_cards_say_what_is_known_and_what_is_not():
 
 def test_records_of_known_kinds_have_a_form_of_their_own():
     rows = [{"name": "rounded", "ppl": 40.0}, {"name": "all of it", "ppl": 20.0}]
+    rows[1] |= {"kl": 0.12345, "effective_bits": {"weight": 4.5}}
     gemm = json.loads((ROOT / "benchmarks/results/2026-11-22-h100-gemm.json").read_text())
     verify = {
         "n_linears": 14, "n_failed": 0, "failed": [], "computed_by": {"torch": 14}, "tolerance": 1e-6,
@@ -187,7 +188,9 @@ def test_records_of_known_kinds_have_a_form_of_their_own():
     ]
     assert order == ["Zero-shot tasks", "Ladder", "Verification", "GEMM", "other"]
     assert {"Zero-shot tasks", "Ladder", "GEMM", "Verification", "other"} <= set(page.texts["h2"])
-    assert {"rounded", "all of it", "40.000", "seconds", "3.25"} <= set(page.texts["td"])
+    assert {"rounded", "all of it", "40.000", "0.1235", "4.500", "seconds", "3.25"} <= set(page.texts["td"])
+    assert {"KL (nats)", "bits per weight"} <= set(page.texts["th"])
+    assert "per KV entry" not in page.texts["th"]
     assert "every one passes" in text
     assert "28672 x 8192" in page.texts["caption"]
     assert len(text.encode()) < 500_000
