@@ -21,7 +21,7 @@ from atomq.commands import calibrate, eval_ppl, generate, quantize, verify
 from atomq.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
-SHOWN_ONLY = {"json_output", "show_recipe", "worst"}  # how a command prints, and nothing else
+SHOWN_ONLY = {"json_output", "show_recipe", "dry_run", "worst"}  # what a command prints, and nothing else
 TINY = {"n_outliers": 5, "group_size": 16, "n_samples": 4, "seq_len": 64}
 
 
