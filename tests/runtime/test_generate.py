@@ -182,3 +182,30 @@ def test_what_the_runtime_cannot_do_is_refused():
     model.config.model_type = "gpt2"
     with pytest.raises(KernelError, match="family is gpt2"):
         decoder_of(model, 64, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name in SCHEMES if "alone" not in name])
+def test_the_gpu_computes_what_the_twins_do(name):
+    model = quantized(SCHEMES[name])
+    here = decoder_of(model, 64, torch.float32)
+    there = decoder_of(model.cuda(), 64, torch.float32)
+    prompts = [torch.tensor(prompt) for prompt in PROMPTS]
+    on_gpu = [prompt.cuda() for prompt in prompts]
+    expected = here.prefill(prompts, [2, 0, 1], Cache(here, 3, 64), after_every_token=True)
+    found = there.prefill(on_gpu, [2, 0, 1], Cache(there, 3, 64), after_every_token=True).cpu()
+    errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert errors.median() < 5e-3  # where no code falls to the other side
+    assert errors.max() < 0.5
+    tokens = generate(there, PROMPTS, Sampling(8))  # by a captured graph
+    assert tokens == generate(there, PROMPTS, Sampling(8))
+    alone = [generate(there, [prompt], Sampling(8))[0] for prompt in PROMPTS]
+    assert sum(a == b for a, b in zip(tokens, alone, strict=True)) >= 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_decoding_in_16_bits_runs_on_the_gpu(dtype):
+    for settings in (PLAIN, SCHEMES["weights in 4 bits alone"]):
+        decoder = decoder_of(quantized(settings).cuda(), 64, dtype)
+        assert all(len(tokens) == 8 for tokens in generate(decoder, PROMPTS, Sampling(8)))
