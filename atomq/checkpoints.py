@@ -160,7 +160,7 @@ def _check_family(model: PreTrainedModel, family: ModelFamily) -> None:
                 fits &= all(linears[name].out_features % width == 0 for name in group.absorbed_by)
             for name in (family.key, family.value):
                 block.get_submodule(name)
-    except AttributeError:
+    except (AttributeError, ZeroDivisionError):  # no such module, or a config that makes linears of no width
         fits = False
     if not fits:
         raise CheckpointError("config.json: the table of linear groups does not fit the model")

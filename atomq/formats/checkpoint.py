@@ -119,7 +119,10 @@ def weight_map(folder: Path) -> dict[str, str]:
     if (folder / SINGLE_SHARD).is_file():
         with open_shard(folder / SINGLE_SHARD) as file:
             return dict.fromkeys(file.keys(), SINGLE_SHARD)
-    mapping = _read_json(folder / INDEX).get("weight_map")
+    index = _read_json(folder / INDEX)
+    mapping = index.get("weight_map")
+    if not isinstance(index.get("metadata"), dict):  # transformers would not say so
+        raise CheckpointError(f"{INDEX} of {folder.name} has no metadata")
     if not isinstance(mapping, dict) or not all(_is_plain(name) for name in mapping.values()):
         raise CheckpointError(f"{INDEX} of {folder.name} has no usable weight_map")
     return mapping

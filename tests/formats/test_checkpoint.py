@@ -171,6 +171,13 @@ def test_an_index_that_leads_out_of_its_folder_is_refused(small, name):
         tensor_headers(small)
 
 
+@pytest.mark.parametrize("change", [lambda i: i.pop("metadata"), lambda i: i.update(metadata=[3])])
+def test_an_index_without_metadata_is_refused(small, change):
+    change_json(small / INDEX, change)
+    with pytest.raises(CheckpointError, match="has no metadata"):
+        weight_map(small)
+
+
 @pytest.mark.parametrize(
     "change",
     [lambda i: i.pop("weight_map"), lambda i: i.update(weight_map=[]), lambda i: i.update(weight_map=3)],
