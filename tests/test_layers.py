@@ -61,7 +61,7 @@ LAW = {
     "opening": {"checkpoints", "hf", "kernels", "models"},
     "api": BELOW_COMMANDS - {"api"},
     "method": {"numerics", "kernels"},
-    "models": {"numerics"},
+    "models": {"numerics", "memory"},
     "formats": {"numerics", "models.families"},
     "runtime": {"numerics", "kernels", "models"},
     "eval": {"numerics", "kernels", "models", "formats", "runtime"},

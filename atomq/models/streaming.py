@@ -13,10 +13,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from atomq.errors import UnsupportedModelError
+from atomq.memory import give_back
 from atomq.models.families import ModelFamily
 from atomq.models.weights import StoredTensor
 
-PIECE_BYTES = 32 << 20  # of a large tensor, read and written piece by piece
+PIECE_BYTES = 8 << 20  # of a large tensor, read and written piece by piece
 
 
 class StoredWeights:
@@ -126,12 +127,14 @@ def _on_host(tensor: torch.Tensor) -> torch.Tensor:
 def empty(module: nn.Module) -> None:
     """Take the values of all parameters and buffers away again; names and shapes stay."""
     module.to("meta")
+    give_back()
 
 
 def empty_parameters(module: nn.Module) -> None:
     """Take the values of the parameters away; buffers keep theirs."""
     for name, parameter in list(module.named_parameters()):
         _set_parameter(module, name, torch.empty_like(parameter, device="meta"))
+    give_back()
 
 
 def make_buffers(model: PreTrainedModel) -> None:
