@@ -92,7 +92,7 @@ class Gptq:
             "method": "gptq",
             "bits": self.scheme.weights.n_bits,
             "group_size": -1 if self.group_size is None else self.group_size,
-            "desc_act": self.scheme.outliers.reorder,
+            "desc_act": self.scheme.outliers.reorder and self.group_size is not None,
             "sym": self.scheme.weights.symmetric,
             "lm_head": False,
             "checkpoint_format": self.version,

@@ -22,6 +22,7 @@ SCHEMES = {
     "whole rows": {"weights.group_size": None},
     "groups that do not divide": {"weights.group_size": 32},
     "reordered": {"weights.group_size": 32, "outliers.reorder": True, "weights.channel_group": 2},
+    "whole rows reordered": {"weights.group_size": None, "outliers.reorder": True},
     "8 bits": {"weights.group_size": 16, "weights.n_bits": 8},
     "2 bits": {"weights.group_size": 16, "weights.n_bits": 2},
 }
