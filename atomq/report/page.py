@@ -82,12 +82,18 @@ def _size_card(before: int | None, after: int) -> str:
 
 
 def _perplexity_card(records: dict[str, Any]) -> str:
-    for name, record in records.items():
-        if name.startswith("eval-ppl") and isinstance(record.get("ppl"), int | float):
-            before = record.get("baseline_ppl")
-            note = f"on {record.get('data')}" + (f", unquantized {before:.3f}" if before else "")
-            return card("perplexity", f"{record['ppl']:.3f}", note)
-    return card("perplexity", "not evaluated", "atomq eval-ppl OUT --baseline MODEL")
+    """The evaluation on the most tokens, if there is one."""
+    evaluated = [
+        record
+        for name, record in records.items()
+        if name.startswith("eval-ppl") and isinstance(record.get("ppl"), int | float)
+    ]
+    if not evaluated:
+        return card("perplexity", "not evaluated", "atomq eval-ppl OUT --baseline MODEL")
+    record = max(evaluated, key=lambda record: float(record.get("n_tokens") or 0))
+    before = record.get("baseline_ppl")
+    note = f"on {record.get('data')}" + (f", unquantized {before:.3f}" if before else "")
+    return card("perplexity", f"{record['ppl']:.3f}", note)
 
 
 def _error_card(linears: list[LinearFacts]) -> str:

@@ -160,6 +160,8 @@ def test_the_cards_say_what_is_known_and_what_is_not():
     texts = StrictPage(report_page(made_up([], records=records))).texts["dd"]
     assert "12.346" in texts
     assert "on x, unquantized 10.000" in texts
+    records |= {"eval-ppl-a": {"ppl": 7.0, "data": "a", "n_tokens": 512}}
+    assert "7.000" in StrictPage(report_page(made_up([], records=records))).texts["dd"]
 
 
 def test_records_of_known_kinds_have_a_form_of_their_own():
