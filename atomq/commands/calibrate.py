@@ -65,7 +65,7 @@ def command(
             on_progress=on_progress,
         )
     picture = plot or output.with_suffix(".png")
-    rows = [[name, *cells] for name, cells in strongest(result, metric, n_outliers)]
+    rows = [[_short(name), *cells] for name, cells in strongest(result, metric, n_outliers)]
     if json_output:
         groups = {
             name: {"outliers": sorted(result.orders[name][-n_outliers:].tolist()) if n_outliers else []}
@@ -78,6 +78,13 @@ def command(
         title, ["input of", *(f"#{i + 1}" for i in range(N_STRONGEST)), "outliers hold"], rows
     )
     console.print_line(f"wrote {output} and {picture}")
+
+
+def _short(name: str) -> str:
+    """ "model.layers.11.mlp.down_proj" -> "11.mlp.down_proj", which fits a narrow column."""
+    parts = name.split(".")
+    position = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+    return ".".join(parts[position:])
 
 
 def strongest(result: CalibrationResult, metric: str, n_outliers: int) -> list[tuple[str, list[str]]]:
