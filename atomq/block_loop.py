@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from atomq import distributed
 from atomq.block_quantizer import BlockQuantizer, Clock, LinearReport
 from atomq.config import FLOAT_BITS, QuantScheme, Recipe
-from atomq.errors import AtomqError, ConfigError
+from atomq.errors import ConfigError
 from atomq.method.statistics import StatisticsAccumulator
 from atomq.models.attention import attention_for
 from atomq.models.blocks import BlockInputs, block_groups, blocks_of, capture_block_inputs, linear_shapes
@@ -87,7 +87,7 @@ def calibrate_blocks(
         _enter(block, f"{family.blocks}.{index}.", device, weights)
         routing.open(block, f"{family.blocks}.{index}", family, inputs)
         accumulators = _watch_inputs(block, family, token_ids.shape[1])
-        inputs.run(block, _within_block(on_progress, index, len(blocks), inputs))
+        inputs.run(block, f"{family.blocks}.{index}", _within_block(on_progress, index, len(blocks), inputs))
         for name, (accumulator, hook) in accumulators.items():
             hook.remove()
             statistics[f"{family.blocks}.{index}.{name}"] = accumulator.result()
@@ -170,9 +170,7 @@ def quantize_blocks(
         reports += own
         if inputs is not None:
             within(0.8, "forward")
-            inputs.run(block)
-            if not bool(torch.isfinite(inputs.hidden).all()):
-                raise AtomqError(f"{prefix} gives values that are not finite on the calibration text")
+            inputs.run(block, prefix)
             clock.lap("forward")
         if weights is None:
             block.cpu()

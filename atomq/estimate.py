@@ -103,6 +103,7 @@ def estimate(
     n_tokens = 0
     if windows is not None:
         windows.check_vocabulary(model.config.vocab_size)
+        windows.check_variety()
         n_tokens = windows.n_tokens
     _refuse_hopeless(model, family, recipe, device, n_tokens, activations)
     source_hash(source)

@@ -17,6 +17,7 @@ from atomq.config import CalibrationConfig, Recipe, to_dict
 from atomq.eval.windows import DEFAULT_SAMPLES, TokenWindows
 from atomq.memory import PeakMemory
 from atomq.models.source import ModelSource
+from atomq.numerics.channels import ChannelStatistics
 
 
 def window_facts(windows: TokenWindows, calibration: CalibrationConfig) -> dict[str, Any]:
@@ -35,9 +36,16 @@ def window_facts(windows: TokenWindows, calibration: CalibrationConfig) -> dict[
 
 
 def manifest_facts(
-    job: dict[str, Any], recipe: Recipe, report: QuantizationReport, warnings: list[str]
+    job: dict[str, Any],
+    recipe: Recipe,
+    report: QuantizationReport,
+    warnings: list[str],
+    statistics: dict[str, ChannelStatistics] | None,
 ) -> dict[str, Any]:
-    """The job, and what a careful reader should know of how it went. No clock, no path."""
+    """The job, and what a careful reader should know of how it went. No clock, no path.
+
+    `dead_channels` names the channels, in their original order, that the calibration text never moved.
+    """
     asked = ("gptq", recipe.solver.damp_frac) if recipe.solver.method == "gptq" else ("rtn", None)
     deviations = {
         r.name: {"method": r.method, "damp_frac": r.damp_frac}
@@ -45,7 +53,18 @@ def manifest_facts(
         if (r.method, r.damp_frac) != asked
     }
     starved = report.starved_experts
-    return {**job, "deviations": deviations, "starved_experts": starved, "warnings": warnings}
+    dead = {
+        name: channels
+        for name, found in (statistics or {}).items()
+        if (channels := (found.abs_mean == 0).nonzero().flatten().tolist())
+    }
+    return {
+        **job,
+        "deviations": deviations,
+        "dead_channels": dead,
+        "starved_experts": starved,
+        "warnings": warnings,
+    }
 
 
 def job_facts(
@@ -78,6 +97,12 @@ def token_warnings(
     warnings: list[str] = []
     if windows is None:
         return warnings
+    n_different = len(torch.unique(windows.token_ids, dim=0))
+    if n_different < windows.n_windows:
+        warnings.append(
+            f"{windows.n_windows - n_different} of {windows.n_windows} calibration windows of "
+            f"{windows.corpus} repeat others; give a longer text for a better result"
+        )
     by_default = asked.n_samples is None and asked.data != "builtin"
     if by_default and windows.n_windows < DEFAULT_SAMPLES:
         warnings.append(

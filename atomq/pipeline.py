@@ -105,6 +105,7 @@ def calibrate(
     windows = cut_windows(load_tokenizer(source), calibration)
     model, weights = open_float_model(source)
     windows.check_vocabulary(model.config.vocab_size)
+    windows.check_variety()
     family = find_family(model.config.model_type)
     check_widths(model, family, QuantScheme(outliers=outliers))
     routing = expert_routing(family, calibration)
@@ -172,6 +173,7 @@ def quantize(
         model, weights = open_float_model(source)
         if windows is not None:
             windows.check_vocabulary(model.config.vocab_size)
+            windows.check_variety()
         family = find_family(model.config.model_type)
         shapes = linear_shapes(model, family)
         check_widths(model, family, recipe.scheme)
@@ -236,7 +238,7 @@ def quantize(
         card = model_card(source.name, recipe, bits, atomq.__version__, facts_of_text)
         write_file(writer.folder / "README.md", card.encode())
         warnings = [*token_warnings(windows, report, recipe, calibration), *report.warnings]
-        writer.write_manifest(manifest_facts(job, recipe, report, warnings))
+        writer.write_manifest(manifest_facts(job, recipe, report, warnings, statistics))
         seconds = {
             "loading": loaded - started,
             "statistics": gathered - loaded,

@@ -410,9 +410,27 @@ def test_values_that_are_not_finite_stop_the_run():
     model.model.layers[0].mlp.down_proj.weight *= 1e38
     model.model.layers[0].mlp.down_proj.weight *= 8
     assert model.model.layers[0].mlp.down_proj.weight.isfinite().all()
-    message = r"model\.layers\.0 gives values that are not finite on the calibration text"
+    message = (
+        r"model\.layers\.0\.mlp\.down_proj gives values that are not finite on the calibration text, "
+        r"first in channel 0 of its output"
+    )
     with pytest.raises(AtomqError, match=message):
         quantize_blocks(model, ATOM, CPU, quiet, TOKENS)
+
+
+def test_the_channel_that_is_not_finite_is_named():
+    model = make_tiny_model()
+    model.model.layers[1].self_attn.v_proj.weight[5] = 3e38
+    model.model.layers[1].self_attn.v_proj.weight[7] = torch.nan
+    for run in (
+        lambda: calibrate_blocks(model, TOKENS, CPU, quiet),
+        lambda: quantize_blocks(model, ATOM, CPU, quiet, TOKENS),
+    ):
+        with pytest.raises(
+            AtomqError, match=r"^model\.layers\.1\.self_attn\.v_proj gives .* channel [57] of"
+        ):
+            run()
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize(("n_outliers", "allowed"), [(47, True), (48, False), (100, False)])

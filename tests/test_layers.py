@@ -70,7 +70,7 @@ LAW = {
     "report": {"formats", "numerics"},
     "memory": set(),
     "estimate": {"assist", "block_loop", "formats", "memory", "models"},
-    "facts": {"memory", "block_loop", "eval", "models"},
+    "facts": {"memory", "block_loop", "eval", "models", "numerics"},
     "assist": {"block_loop", "block_quantizer", "models", "eval", "numerics"},
     "pipeline": {
         *(

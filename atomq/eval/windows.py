@@ -77,6 +77,17 @@ class TokenWindows:
                 f"the tokenizer is another model's: put the right one beside the weights"
             )
 
+    def check_variety(self) -> None:
+        """Refuse a text that says nothing of a model: one token over and over.
+
+        Raises:
+            CalibrationDataError: naming the token.
+        """
+        if int(self.token_ids.min()) == int(self.token_ids.max()):
+            raise CalibrationDataError(
+                f"{self.corpus} is token {int(self.token_ids[0, 0])} over and over; give a text of many words"
+            )
+
     @property
     def data_hash(self) -> str:
         """sha256 of the ids as little-endian int64, row after row."""

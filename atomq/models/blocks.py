@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from atomq.errors import StorageError
+from atomq.errors import AtomqError, StorageError
 from atomq.models.families import LinearGroup, LinearShape, ModelFamily
 from atomq.numerics.products import half_products
 
@@ -34,15 +34,24 @@ class BlockInputs:
     arguments: dict[nn.Module, dict[str, Any]]
     device: torch.device
 
-    def run(self, block: nn.Module, on_batch: Callable[[int], None] | None = None) -> None:
+    def run(
+        self, block: nn.Module, name: str = "the block", on_batch: Callable[[int], None] | None = None
+    ) -> None:
         """Pass all windows through `block`; its outputs take the place of `hidden`.
 
         `on_batch` is told the number of windows done in each batch.
+
+        Raises:
+            AtomqError: a value is not finite; named are the block `name`, the first module in it where it is
+                so, and the channel.
         """
         with torch.inference_mode(), half_products(self.device):
             for batch in self._batches():
                 output = block(batch.to(self.device), **self.arguments[block])
-                batch.copy_(output[0] if isinstance(output, tuple) else output)
+                result = output[0] if isinstance(output, tuple) else output
+                if not bool(torch.isfinite(result).all()):
+                    raise self._not_finite(block, batch, name)
+                batch.copy_(result)
                 if on_batch is not None:
                     on_batch(batch.shape[0])
 
@@ -52,6 +61,30 @@ class BlockInputs:
             for batch in self._batches():
                 with contextlib.suppress(InputSeen):
                     block(batch.to(self.device), **self.arguments[block])
+
+    def _not_finite(self, block: nn.Module, batch: torch.Tensor, name: str) -> AtomqError:
+        """Say where in `block` the first value that is not finite comes from, for a batch that has one."""
+        found: list[tuple[str, int]] = []
+
+        def look(module: str, output: object) -> None:
+            value = output[0] if isinstance(output, tuple) else output
+            if not found and isinstance(value, torch.Tensor) and not bool(torch.isfinite(value).all()):
+                bad = (~torch.isfinite(value)).reshape(-1, value.shape[-1]).any(0)
+                found.append((module, int(bad.nonzero()[0])))
+
+        hooks = [
+            module.register_forward_hook(lambda _module, _args, output, inner=inner: look(inner, output))
+            for inner, module in block.named_modules()
+            if inner and next(module.children(), None) is None
+        ]
+        block(batch.to(self.device), **self.arguments[block])
+        for hook in hooks:
+            hook.remove()
+        place, channel = f"{name}.{found[0][0]}" if found else name, found[0][1] if found else 0
+        return AtomqError(
+            f"{place} gives values that are not finite on the calibration text, first in channel {channel} "
+            f"of its output; nothing can be calibrated on them: mend the model, or give another text"
+        )
 
     def _batches(self) -> tuple[torch.Tensor, ...]:
         """Views of `hidden` of at most TOKENS_PER_BATCH tokens, at least one window each."""
