@@ -16,6 +16,8 @@ gptqmodel = pytest.importorskip("gptqmodel", reason="gptqmodel is not installed"
 SCHEMES = {
     "symmetric": ("gptq", {}),
     "reordered": ("gptq", {"outliers.reorder": True}),
+    "whole rows": ("gptq", {"weights.group_size": None}),
+    "8 bits": ("gptq", {"weights.n_bits": 8}),
     "version 2": ("gptq_v2", {}),
     "version 2 asymmetric and reordered": ("gptq_v2", {"outliers.reorder": True, "weights.symmetric": False}),
 }
