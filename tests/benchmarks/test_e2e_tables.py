@@ -1,0 +1,62 @@
+"""Tables of bench-e2e's records say what the records do."""
+
+from __future__ import annotations
+
+from benchmarks.e2e_tables import attention_table, ratios_table, steps_table
+
+RECORD = {
+    "model": "llama-2-7b",
+    "context": 1024,
+    "memory_gib": 24.0,
+    "n_layers": 32,
+    "n_layers_measured": 8,
+    "read_gb_per_s": 3010.0,
+    "steps": [
+        {
+            "comparison": "equal batch",
+            "scheme": "fp16",
+            "batch": 32,
+            "step_us": 11000.0,
+            "tokens_per_s": 2909.1,
+            "floor_fraction": 0.91,
+            "memory_bytes": 30 * 2**30,
+        }
+    ],
+    "ratios": [
+        {
+            "comparison": "equal batch",
+            "scheme": "w4a4",
+            "baseline": "fp16",
+            "batch": 32,
+            "baseline_batch": 32,
+            "measured": 2.5,
+            "at_floors": 3.125,
+            "baseline_is_valid": False,
+            "baseline_floor_fraction": 0.61,
+        }
+    ],
+    "attention": [
+        {"name": name, "batch": 128, "context": 1024, "n_heads": 8, "group": 4, "head_dim": 128}
+        | {"us": us, "floor_fraction": 0.9}
+        for name, us in (("int4", 50.0), ("float16", 175.0))
+    ],
+}
+
+
+def test_steps_show_scaling_and_what_is_over_the_budget():
+    table = steps_table(RECORD)
+    assert "8 of 32 layers measured and scaled; floors by 3.01 TB/s" in table
+    assert "| equal batch | fp16 | 32 | 11.00 | 2909 | 91 % | 30.0 (over the budget) |" in table
+    assert "scaled" not in steps_table({**RECORD, "n_layers_measured": 32})
+
+
+def test_ratios_stand_beside_those_of_the_floors():
+    table = ratios_table(RECORD)
+    assert "| equal batch | w4a4 | fp16 | 32 / 32 | 2.50x | 3.12x | 80 % |" in table
+    assert "| no valid baseline: 61 % of its floor |" in table
+
+
+def test_attention_is_compared_with_the_first():
+    table = attention_table(RECORD)
+    assert table.startswith("Batch 128, 1024 tokens, 8 heads of 128 in the cache, 4 query heads for each.")
+    assert "| float16 | 175.0 | 90 % | 3.50x |" in table
