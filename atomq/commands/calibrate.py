@@ -74,9 +74,7 @@ def command(
         console.print_json({"artefact": str(output), "plot": str(picture), **result.facts, "groups": groups})
         return
     title = f"strongest channels (score over the median), {result.facts['model']}, metric {metric}"
-    console.print_table(
-        title, ["input of", *(f"#{i + 1}" for i in range(N_STRONGEST)), "outliers hold"], rows
-    )
+    console.print_table(title, ["input of", *(f"#{i + 1}" for i in range(N_STRONGEST)), "in outliers"], rows)
     console.print_line(f"wrote {output} and {picture}")
 
 
