@@ -7,10 +7,12 @@ same page with a strict parser. `.ci/run` installs the browser where it can.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 from browser import Browser, find_browser
+from matplotlib.image import imread
 from tiny_checkpoints import quantize_tiny
 
 from atomq.report.files import save_record
@@ -55,7 +57,13 @@ def test_the_report_in_a_browser(browser, out, width, height, dark):
     assert browser.evaluate(smallest) >= 300
     background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
     assert background == ("rgb(18, 22, 28)" if dark else "rgb(255, 255, 255)")
-    assert browser.screenshot().startswith(b"\x89PNG")
+    picture = imread(BytesIO(browser.screenshot()))[:, :, :3]
+    assert width - 20 < picture.shape[1] <= width  # less a scroll bar
+    assert picture.shape[0] > 2 * height
+    mark = (108, 178, 242) if dark else (43, 108, 176)
+    drawn = (abs(picture * 255 - mark) < 2).all(axis=2)
+    assert drawn.sum() > 1000
+    assert drawn.any(axis=0).sum() > 0.5 * width  # from left to right, not in one corner
 
 
 def test_what_the_page_s_policy_forbids_is_not_loaded(browser, out, tmp_path):
