@@ -16,12 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_checkpoints import quantize_tiny, stored_tensors
+from tiny_exports import make_checkpoint
 from tiny_models import save_tiny_model
 from torch import nn
 
 import atomq.hf
 import atomq.presets
 from atomq.errors import CheckpointError, ConfigError
+from atomq.kernels.linear import KernelLinear
 from atomq.models.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -207,3 +209,38 @@ def test_families_with_experts_are_refused(vllm):
                 served.check_servable(scheme, family)
         else:
             served.check_servable(scheme, family)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", ["atom", "hadamard"])
+def test_on_a_gpu_the_kernels_compute_the_fused_linears_and_a_graph_holds_them(vllm, tmp_path, scheme):
+    settings = {"outliers.n_outliers": 64, "weights.group_size": 64, "activations.group_size": 64}
+    settings |= {"transform": "hadamard"} if scheme == "hadamard" else {}
+    model = save_tiny_model(
+        tmp_path / "model", "llama", hidden_size=256, intermediate_size=384, num_attention_heads=4
+    )
+    out = make_checkpoint(model, tmp_path / "OUT", "atom", settings)
+    config = plugin_config(vllm, out)
+    native = atomq.hf.load(out, device="cuda")
+    block = native.model.layers[1]
+    linears = [block.get_submodule(f"self_attn.{name}_proj") for name in "qkv"]
+    torch.set_default_device("cuda")
+    try:
+        prefix = "model.layers.1.self_attn.qkv_proj"
+        layer = make_layer(config, prefix, [linear.out_features for linear in linears], 256, 64)
+        load_weights({prefix: layer}, stored_tensors(out))
+    finally:
+        torch.set_default_device("cpu")
+    assert isinstance(layer.atomq_linear, KernelLinear)
+    x = torch.randn(17, 256, generator=torch.Generator().manual_seed(0)).half().cuda()
+    expected = torch.cat([linear(x.float()) for linear in linears], dim=-1)
+    found = layer.quant_method.apply(layer, x)
+    assert found.dtype == torch.float16
+    # A value between two codes of the KV cache may go either way: one step of 15 in few places.
+    assert (found.float() - expected).norm() < 0.05 * expected.norm()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layer.quant_method.apply(layer, x)
+    x.copy_(x.flip(0))
+    graph.replay()
+    torch.testing.assert_close(captured, found.flip(0), rtol=0, atol=0)
