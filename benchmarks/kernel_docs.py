@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.e2e_tables import attention_table
 from benchmarks.gemm_goals import check_goals
 from benchmarks.gemm_tables import limits_table, table, tuning_table
 
@@ -26,6 +27,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "goals": ("h100-gemm", check_goals),
     "limits": ("h100-gemm", limits_table),
     "tuning": ("h100-kernel-steps", tuning_table),
+    "attention": ("h100-attention", attention_table),
 }
 """Name of a table -> the records it is made from (`<date>-<name>.json`), and how."""
 
