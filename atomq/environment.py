@@ -74,7 +74,7 @@ def diagnose() -> Diagnosis:
 def _sentence(findings: list[Finding], reasons: dict[str, str], has_gpu: bool) -> str:
     wrong = [finding.name for finding in findings if finding.verdict == "wrong"]
     if wrong:
-        return f"atomq cannot work here yet: look at {', '.join(wrong)}."
+        return f"something that atomq needs is missing or too old: {', '.join(wrong)}"
     if not has_gpu:
         return (
             "Everything that the CPU needs is here: atomq quantizes, evaluates and verifies on it, by "

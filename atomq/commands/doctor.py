@@ -22,6 +22,7 @@ def command(json_output: JsonOption = False) -> None:
         for reason in reasons:
             names = ", ".join(name for name, why in found.kernels.items() if why == reason)
             console.print_line(f"kernels that {f'do not run ({reason})' if reason else 'run here'}: {names}")
-        console.print_line(found.sentence)
+        if found.usable:
+            console.print_line(found.sentence)
     if not found.usable:
         raise AtomqError(found.sentence)
