@@ -36,12 +36,13 @@ def add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
 
 
 def add_split_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
-    """`add_gram` by products of bfloat16."""
-    high = rows.bfloat16()
-    low = (rows - high).bfloat16()
-    total.add_(_product(high.T, high), alpha=2.0)
-    cross = _product(high.T, low)
-    total.add_(cross, alpha=2.0).add_(cross.T, alpha=2.0)
+    """`add_gram` by products of bfloat16, also inside `half_products`."""
+    with torch.autocast(rows.device.type, enabled=False):
+        high = rows.bfloat16()
+        low = (rows - high).bfloat16()
+        total.add_(_product(high.T, high), alpha=2.0)
+        cross = _product(high.T, low)
+        total.add_(cross, alpha=2.0).add_(cross.T, alpha=2.0)
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
