@@ -856,6 +856,7 @@ def test_an_impossible_generation_is_refused(refused, made, options):
     refused("--stop takes a text", "generate", made, "mix", "--stop", "")
     refused("cannot be read as UTF-8 text", "generate", made, "--prompts", made / "nothing.txt")
     refused("top_p 2.0", "generate", made, "mix", "--top-p", 2)
+    refused("--backend gpu is not one of", "generate", made, "mix", "--backend", "gpu")
     refused("dtype 'int4' is not one of", "generate", made, "mix", "--dtype", "int4")
     refused("OUT has no chat template", "generate", made, "mix", "--chat")
 

@@ -11,8 +11,8 @@ import typer
 
 from atomq.commands import console
 from atomq.commands.opening import choose_backend
-from atomq.commands.options import BackendOption, CheckpointArgument, DeviceOption, JsonOption
-from atomq.errors import ConfigError, KernelError
+from atomq.commands.options import CheckpointArgument, DeviceOption, JsonOption
+from atomq.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,12 +47,19 @@ def command(
     no_check: Annotated[bool, typer.Option("--no-check", help="Skip the SHA-256 check.")] = False,
     device: DeviceOption = "auto",
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
-    backend: BackendOption = "simulation",
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="simulation, kernels (its linears on the GPU's kernels), or decoder (all on the kernels)."
+        ),
+    ] = "simulation",
     json_output: JsonOption = False,
 ) -> None:
     texts = [*(prompts or []), *_read_prompts(prompt_file)]
     if max_new_tokens < 1 or not 0 <= temperature < float("inf") or not texts or not all(texts):
         raise ConfigError("give a prompt, --max-new-tokens of at least 1 and a --temperature of at least 0")
+    if backend not in ("simulation", "kernels", "decoder"):
+        raise ConfigError(f"--backend {backend} is not one of simulation, kernels, decoder")
     if not all(stop or []):
         raise ConfigError("--stop takes a text that is not empty")
     from atomq import checkpoints, hf
@@ -129,17 +136,14 @@ class _Continuation:
 def _generator(
     model: PreTrainedModel, backend: str, longest: int, dtype: Any
 ) -> Callable[[list[list[int]], Sampling, OnToken], list[list[int]]]:
-    """What continues prompts of up to `longest` tokens in all: the kernels' decoder, or the model itself."""
+    """What continues prompts of up to `longest` tokens in all: a decoder of kernels, or the model itself."""
     from atomq.kernels.kv_pages import PAGE_TOKENS
     from atomq.runtime.generate import generate, simulate
     from atomq.runtime.loading import decoder_of
 
-    if backend == "kernels" and model.device.type == "cuda":
-        try:
-            decoder = decoder_of(model, max(longest, PAGE_TOKENS), dtype)
-            return lambda *arguments: generate(decoder, *arguments)
-        except KernelError as error:
-            console.warn([f"{error}; until then its linears run on the kernels inside of transformers"])
+    if backend == "decoder":
+        decoder = decoder_of(model, max(longest, PAGE_TOKENS), dtype)
+        return lambda *arguments: generate(decoder, *arguments)
     choose_backend(model, backend)
     return lambda *arguments: simulate(model, *arguments)
 
