@@ -100,7 +100,7 @@ MICROSECONDS = {"w4a4 alone": 2.0, "w4a4 whole": 5.0, "fp16 alone": 6.0, "few al
 def _fake_gpu(monkeypatch):
     """A device that is there, candidates that need none, and a clock that knows what each takes."""
 
-    def clock(candidates):
+    def clock(candidates, rounds=3):
         return [Timing(us, us, us, 2 * us) for us in (MICROSECONDS[launches[0]] for launches in candidates)]
 
     monkeypatch.setattr(gemm_bench, "time_in_turns", clock)

@@ -169,9 +169,9 @@ def _time(
     works: Sequence[tuple[Candidate, Work]], sizes: tuple[int, int, int], ceilings: Ceilings
 ) -> Iterator[Result]:
     wholes = [work.whole for _, work in works if work.whole is not None]
-    timings = time_in_turns([*(work.launches for _, work in works), *wholes])
-    with_quantization = iter(timings[len(works) :])
-    for (candidate, work), timing in zip(works, timings, strict=False):
+    timings = time_in_turns([work.launches for _, work in works])
+    with_quantization = iter(time_in_turns(wholes, rounds=1))
+    for (candidate, work), timing in zip(works, timings, strict=True):
         yield Result(
             candidate.name,
             candidate.is_peer,
