@@ -1,0 +1,124 @@
+"""A checkpoint on the kernels' decode path against its simulation: greedy tokens, perplexity, speed.
+
+python -m benchmarks.decode CHECKPOINT --prompts FILE --text FILE --save RECORD.json
+
+Greedy tokens are compared without a second generation: the simulation reads prompt and made tokens at once,
+and its most likely token after each prefix must be the one that was made. By induction that is equality of
+both generations; the first difference is recorded with the logits' gap in both, beside the usual gap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from atomq import checkpoints, hf
+from atomq.runtime.decoder import Cache, Decoder
+from atomq.runtime.generate import Sampling, generate
+from atomq.runtime.loading import decoder_of
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+
+@torch.inference_mode()
+def compare_greedy(
+    model: Any, decoder: Decoder, prompts: list[list[int]], n_tokens: int
+) -> list[dict[str, Any]]:
+    """For each prompt: how many of `n_tokens` are the simulation's, and the gaps where they first differ."""
+    rows: list[dict[str, Any]] = []
+    for prompt, made in zip(prompts, generate(decoder, prompts, Sampling(n_tokens)), strict=True):
+        ids = torch.tensor([prompt + made[:-1]], device=decoder.device)
+        logits = model(ids).logits[0, len(prompt) - 1 :].float()
+        best = logits.argmax(-1).tolist()
+        n_equal = next((i for i, token in enumerate(made) if token != best[i]), n_tokens)
+        row: dict[str, Any] = {"n_equal": n_equal}
+        if n_equal < n_tokens:
+            prefix = torch.tensor(prompt + made[:n_equal], device=decoder.device)
+            own = decoder.prefill([prefix], [0], Cache(decoder, 1, len(prefix)))[0].float()
+            theirs, ours = best[n_equal], made[n_equal]
+            pairs = logits.topk(2).values
+            row |= {
+                "simulation_gap": float(logits[n_equal, theirs] - logits[n_equal, ours]),
+                "kernels_gap": float(own[ours] - own[theirs]),
+                "usual_gap": float((pairs[:, 0] - pairs[:, 1]).median()),
+                "largest_difference": float((own - logits[n_equal]).abs().max()),
+            }
+        rows.append(row)
+    return rows
+
+
+@torch.inference_mode()
+def perplexity(compute: Any, windows: list[torch.Tensor]) -> float:
+    """Of windows of tokens; `compute` gives the logits [T, vocabulary] of one."""
+    losses = [float(functional.cross_entropy(compute(w)[:-1].float(), w[1:])) for w in windows]
+    return math.exp(sum(losses) / len(losses))
+
+
+def tokens_per_s(decoder: Decoder, prompts: list[list[int]], batch: int, n_tokens: int) -> float:
+    """Of a generation, prompts and capture of the graph included."""
+    many = (prompts * math.ceil(batch / len(prompts)))[:batch]
+    generate(decoder, many, Sampling(2))  # kernels compile
+    start = time.perf_counter()
+    made = generate(decoder, many, Sampling(n_tokens))
+    return sum(map(len, made)) / (time.perf_counter() - start)
+
+
+def run(
+    folder: Path, prompts: list[str], text: str, n_tokens: int, n_windows: int, seq_len: int
+) -> dict[str, Any]:
+    """The record."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model: Any = hf.load(folder, device=device, dtype="float32")
+    tokenizer = checkpoints.load_checkpoint_tokenizer(folder)
+    ids = [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    tokens = torch.tensor(tokenizer(text)["input_ids"], device=device)
+    windows = list(tokens[: n_windows * seq_len].split(seq_len))[:n_windows]
+    record: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else "none: the twins, on a CPU",
+        "torch": torch.__version__,
+        "checkpoint": folder.name,
+        "n_tokens": n_tokens,
+        "n_windows": len(windows),
+        "seq_len": seq_len,
+        "ppl": {"simulation": perplexity(lambda w: model(w[None]).logits[0], windows)},
+        "greedy": {},
+        "tokens_per_s": {},
+    }
+    longest = max(seq_len, max(map(len, ids)) + n_tokens, 64)
+    for name, dtype in DTYPES.items():
+        decoder = decoder_of(model, longest, dtype)
+        record["greedy"][name] = compare_greedy(model, decoder, ids, n_tokens)
+        record["ppl"][name] = perplexity(
+            lambda w, d=decoder: d.prefill([w], [0], Cache(d, 1, len(w)), after_every_token=True), windows
+        )
+        for batch in (1, len(ids), 128) if device == "cuda" else (1,):
+            rate = tokens_per_s(decoder, ids, batch, n_tokens)
+            record["tokens_per_s"][f"{name}, batch {batch}"] = rate
+    return record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--prompts", type=Path, required=True, help="one on each line")
+    parser.add_argument("--text", type=Path, required=True, help="for perplexity")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--save", type=Path, required=True)
+    given = parser.parse_args()
+    prompts = [line for line in given.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    text = given.text.read_text(encoding="utf-8")
+    record = run(given.checkpoint, prompts, text, given.tokens, given.windows, given.seq_len)
+    given.save.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""The comparison of decode path and simulation, on a tiny checkpoint and the kernels' twins."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from tiny_checkpoints import calibration_text
+from tiny_models import save_tiny_model
+
+from atomq.cli import main
+from benchmarks.decode import perplexity, run
+
+
+def test_a_checkpoint_is_held_against_its_simulation(tmp_path):
+    model = save_tiny_model(tmp_path / "model", hidden_size=448, intermediate_size=320, head_dim=64)
+    text = calibration_text(tmp_path)
+    calibration = ["--calib-data", text, "--n-samples", 2, "--seq-len", 32, "--n-outliers", 40]
+    argv = ["quantize", model, tmp_path / "OUT", *calibration, "--set", "solver.method=rtn", "--check", "off"]
+    assert main([*map(str, argv), "--quiet"]) == 0
+    record = run(tmp_path / "OUT", ["mix", "seven"], text.read_text(encoding="utf-8"), 4, 2, 32)
+    assert [row["n_equal"] for row in record["greedy"]["float32"]] == [4, 4]
+    assert math.isclose(record["ppl"]["float32"], record["ppl"]["simulation"], rel_tol=1e-3)
+    assert record["ppl"]["float16"] < 1.2 * record["ppl"]["simulation"]
+    assert set(record["tokens_per_s"]) == {"float32, batch 1", "float16, batch 1"}
+
+
+def test_perplexity_of_equal_chances_is_the_number_of_choices():
+    windows = [torch.randint(0, 7, (9,)), torch.randint(0, 7, (5,))]
+    assert math.isclose(perplexity(lambda w: torch.zeros(len(w), 7), windows), 7, rel_tol=1e-5)
