@@ -24,7 +24,7 @@ from atomq.eval.windows import evaluation_windows
 from atomq.export.folder import check_export, export
 from atomq.opening import choose_backend, open_model, published_name
 from atomq.pipeline import CalibrationResult, QuantizeResult, choose_device
-from atomq.presets import DEFAULT_PRESET, build_recipe
+from atomq.presets import DEFAULT_PRESET, REFINE_STEPS, build_recipe
 from atomq.progress import OnProgress, silently
 from atomq.report.files import save_record
 from atomq.report.naming import record_name
@@ -108,6 +108,7 @@ def quantize(
     kv_bits: int | None = None,
     group_size: int | str | None = None,
     n_outliers: int | None = None,
+    refine: bool = False,
     settings: Sequence[str] | Mapping[str, Any] | None = None,
     calibration: str | Path | None = None,
     calib_data: str = "builtin",
@@ -134,6 +135,7 @@ def quantize(
         VerificationError: the checkpoint was written, but a linear differs from exact arithmetic.
     """
     short = {"w_bits": w_bits, "a_bits": a_bits, "kv_bits": kv_bits, "n_outliers": n_outliers}
+    short["refine"] = REFINE_STEPS if refine else None
     if isinstance(settings, Mapping):
         settings = [f"{name}={value}" for name, value in settings.items()]
     recipe = build_recipe(preset, short, None if group_size is None else str(group_size), settings or ())

@@ -142,6 +142,7 @@ def quantize_blocks(
         assert token_ids is not None
         own_ids = distributed.own_share(token_ids)
         inputs = _first_inputs(model, family, own_ids, device, weights, scratch)
+    reference = inputs.copy(scratch) if inputs is not None and recipe.solver.needs_reference else None
     model.set_attn_implementation(attention_for(scheme.kv, model.config))
     blocks = blocks_of(model, family)
     named = model.config.dtype  # what the weights are stored in; a model made in memory may not say
@@ -156,22 +157,26 @@ def quantize_blocks(
         done = (finished or {}).get(index)
         if done is not None:
             own = list(done.reports)
+            if reference is not None:
+                _enter(block, f"{prefix}.", device, weights)
+                reference.run(block, prefix)
             if inputs is not None:
                 restore_block(block, family, scheme, head_dim_of(model.config), done.read())
                 block.to(device)
+                within(0.8, "forward")
+                inputs.run(block, prefix)
+                clock.lap("forward")
         else:
             _enter(block, f"{prefix}.", device, weights)
             quantizer = BlockQuantizer(block, prefix, family, recipe, storage_dtype, clock)
-            quantizer.prepare(statistics, head_dim_of(model.config))
+            quantizer.prepare(statistics, head_dim_of(model.config), inputs, reference)
             if inputs is not None:
                 routing.open(block, prefix, family, inputs)
-            own = quantizer.solve(inputs, within)
+            own = quantizer.solve(within)
             routing.close(block)
+            if inputs is not None:
+                quantizer.advance(within)
         reports += own
-        if inputs is not None:
-            within(0.8, "forward")
-            inputs.run(block, prefix)
-            clock.lap("forward")
         if weights is None:
             block.cpu()
         if on_block is not None and done is None:

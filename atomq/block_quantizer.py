@@ -1,11 +1,14 @@
 """What is done to one block, and the only place where the steps of the method are put in order.
 
-Permutation -> in-group transform -> Hessians -> scales and codes, group of linears by group of linears.
-The Hessians see the quantized activations and KV cache of the block itself as well (Atom section 4.3).
+Permutation -> in-group transform -> Hessians -> scales and codes, group of linears by group of linears ->
+refinement of the whole block. The Hessians see the quantized activations and KV cache of the block itself as
+well (Atom section 4.3). What the float model would do is computed beside it where a step aims at that.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,13 +20,21 @@ from torch import nn
 from atomq import distributed
 from atomq.config import FLOAT_BITS, QuantScheme, Recipe
 from atomq.method.hessian import HessianAccumulator
+from atomq.method.refine import Refinement, refine_block
 from atomq.method.reorder import reorder_inputs, reorder_outputs
 from atomq.method.routed import RoutedHessian
 from atomq.method.solve import SolvedLinear, solve_group
 from atomq.method.statistics import channel_order
 from atomq.models.blocks import BlockInputs, InputSeen, block_groups, block_stages
 from atomq.models.families import LinearGroup, ModelFamily
-from atomq.models.quantized import install_kv_quantizer, install_linears
+from atomq.models.quantized import (
+    KVQuantizer,
+    attention_name,
+    head_counts,
+    install_kv_quantizer,
+    install_linears,
+    straight_through_heads,
+)
 from atomq.numerics.channels import ChannelStatistics
 from atomq.numerics.linear import QuantizedLinear, transform_input
 from atomq.units import percent
@@ -60,7 +71,7 @@ class Clock:
 
 
 class BlockQuantizer:
-    """Quantizes `block` in place: first `prepare`, then `solve`."""
+    """Quantizes `block` in place: `prepare`, then `solve`, then `advance`."""
 
     def __init__(
         self,
@@ -76,37 +87,126 @@ class BlockQuantizer:
         self.clock = clock
         self._storage_dtype = storage_dtype
         self._linears: dict[str, QuantizedLinear] = {}
+        self._floats: dict[str, torch.Tensor] = {}  # what the codes were solved from, for refinement
+        self._inputs: BlockInputs | None = None
+        self._reference: BlockInputs | None = None
+        self._twin: nn.Module | None = None
+        self.refinement: Refinement | None = None
 
-    def prepare(self, statistics: dict[str, ChannelStatistics] | None, head_dim: int) -> None:
+    def prepare(
+        self,
+        statistics: dict[str, ChannelStatistics] | None,
+        head_dim: int,
+        inputs: BlockInputs | None,
+        reference: BlockInputs | None,
+    ) -> None:
         """Put quantized linears with float weights, permuted and transformed, and the KV quantizer into the
-        block. `statistics` by full name, needed if the recipe reorders.
+        block.
+
+        Args:
+            statistics: by full name, needed if the recipe reorders.
+            inputs: what the block reads after quantized blocks; None if nothing is calibrated.
+            reference: what it reads in the float model; None if the recipe does not need it.
         """
+        self._inputs, self._reference = inputs, reference
+        kv = self.recipe.scheme.kv
+        offset = self._mean_key(reference or inputs, head_dim) if kv.key_offset else None
+        if inputs is not None and reference is not None:
+            self._twin = copy.deepcopy(self.block)
+            reference.arguments[self._twin] = inputs.arguments[self.block]
         self._linears = _prepare_block(
             self.block, self.prefix, self.family, self.recipe.scheme, statistics, self._storage_dtype
         )
-        install_kv_quantizer(self.block, self.family, self.recipe.scheme.kv, head_dim)
+        install_kv_quantizer(self.block, self.family, kv, head_dim)
+        if offset is not None:
+            self.block.get_submodule(attention_name(self.family)).register_buffer("key_offset", offset)
 
-    def solve(self, inputs: BlockInputs | None, on_step: OnStep) -> list[LinearReport]:
-        """Find the codes of every linear; without `inputs` by rounding to nearest."""
+    def _mean_key(self, inputs: BlockInputs | None, head_dim: int) -> torch.Tensor:
+        """Each channel's mean [n_heads * head_dim] of the block's K before RoPE, in float.
+
+        Rounded to bfloat16, so that it is the same number in whatever dtype a model is loaded.
+        """
+        assert inputs is not None
+        n_queries, n_keys = head_counts(self.block.get_submodule(attention_name(self.family)))
+        first = n_queries * head_dim if self.family.key == self.family.value else 0
+        total = torch.zeros(n_keys * head_dim, dtype=torch.float64, device=inputs.device)
+
+        def add(_module: nn.Module, _args: tuple[Any, ...], output: torch.Tensor) -> None:
+            keys = output.flatten(0, 1).flatten(1)[:, first : first + len(total)]
+            total.add_(keys.sum(0, dtype=torch.float64))
+            raise InputSeen
+
+        hook = self.block.get_submodule(self.family.key).register_forward_hook(add)
+        for batch in inputs.batches():
+            inputs.observe(self.block, batch)
+        hook.remove()
+        distributed.add_up(total)
+        n_tokens = distributed.total(inputs.hidden.shape[0] * inputs.hidden.shape[1])
+        return (total / n_tokens).bfloat16().float()
+
+    def solve(self, on_step: OnStep) -> list[LinearReport]:
+        """Find the codes of every linear; without calibration inputs by rounding to nearest."""
         rounds = block_stages(self.block, self.family)
         if self.recipe.solver.calibration == "block":
             rounds = (tuple(group for stage in rounds for group in stage),)
         reports: list[LinearReport] = []
         for groups in rounds:
             hessians: dict[str, HessianAccumulator] = {}
-            if inputs is not None:
+            if self._inputs is not None:
                 on_step(0.0, "Hessians")
-                hessians = _collect_hessians(self.block, self._linears, groups, inputs)
+                hessians = self._collect_hessians(groups)
                 self.clock.lap("hessians")
             if self.recipe.scheme.weights.n_bits < FLOAT_BITS:
                 reports += self._solve_groups(groups, hessians, on_step)
                 self.clock.lap("solving")
         return reports
 
+    def advance(self, on_step: OnStep) -> None:
+        """Refine the block, and pass the calibration inputs through it, so that they are the next block's."""
+        inputs, reference, twin = self._inputs, self._reference, self._twin
+        assert inputs is not None
+        if reference is not None and twin is not None:
+            reference.run(twin, self.prefix)
+            del reference.arguments[twin]
+            self._twin = None
+            self.clock.lap("forward")
+            if self.recipe.solver.refine_steps:
+                self.refinement = self._refine(inputs, reference.hidden, on_step)
+                self.clock.lap("refining")
+        inputs.run(self.block, self.prefix)
+        self.clock.lap("forward")
+
+    def _refine(self, inputs: BlockInputs, targets: torch.Tensor, on_step: OnStep) -> Refinement:
+        """Learn codes, scales, norms and biases together; norms and biases end as they will be stored."""
+        attention: Any = self.block.get_submodule(attention_name(self.family))
+        heads: KVQuantizer | None = getattr(attention, "atomq_kv", None)
+        quantize = None if heads is None else heads.quantize
+        if heads is not None:
+            heads.quantize = straight_through_heads
+        vectors = [p for p in self.block.parameters() if p.ndim == 1]
+        result = refine_block(
+            self._linears,
+            self._floats,
+            vectors,
+            functools.partial(inputs.output, self.block),
+            inputs.hidden,
+            targets,
+            self.recipe.solver,
+            lambda share: on_step(0.6 + 0.4 * share, f"{self.prefix}: refining"),
+        )
+        if heads is not None and quantize is not None:
+            heads.quantize = quantize
+        for vector in vectors:
+            vector.data = vector.data.to(self._storage_dtype).to(vector.dtype)
+        self._floats = {}
+        return result
+
     def _solve_groups(
         self, groups: tuple[LinearGroup, ...], hessians: dict[str, HessianAccumulator], on_step: OnStep
     ) -> list[LinearReport]:
         """Solve `groups`, each in one of the processes, and let all have the codes."""
+        for group in groups if self.recipe.solver.refine_steps else ():
+            self._floats |= {name: self._linears[name].dense_weight(torch.float32) for name in group.linears}
         owners = distributed.share_work([self._work_of(group) for group in groups])
         found: dict[str, list[LinearReport]] = {}
         for group, process in zip(groups, owners, strict=True):
@@ -121,6 +221,49 @@ class BlockQuantizer:
                 linear.set_stored(distributed.tensors_from(process, linear.stored(), linear.device))
             reports += distributed.from_process(process, found.get(group.owner, []))
         return reports
+
+    def _collect_hessians(self, groups: tuple[LinearGroup, ...]) -> dict[str, HessianAccumulator]:
+        """Hessians of the quantized inputs of `groups` by owner, from passes as far as the last of them.
+
+        An expert's have no asymmetric target: the float model may send a token to others.
+        """
+        inputs, reference = self._inputs, self._reference
+        assert inputs is not None
+        twin = self._twin if self.recipe.solver.asymmetry else None
+        n_tokens = distributed.total(inputs.hidden.shape[0] * inputs.hidden.shape[1])
+        hessians: dict[str, HessianAccumulator | RoutedHessian] = {}
+        kept: dict[str, torch.Tensor] = {}
+        hooks = []
+        for group in groups:
+            name, is_last = group.owner, group is groups[-1]
+            linear = self._linears[name]
+            width = linear.in_features
+            if group.routed:
+                hessians[name] = RoutedHessian(width, inputs.device)
+            else:
+                hessians[name] = HessianAccumulator(
+                    width,
+                    inputs.device,
+                    holdout=n_tokens < width,
+                    asymmetric=twin is not None and n_tokens >= width,
+                )
+            linear.observer = _adder(hessians[name], functools.partial(kept.get, name), is_last=is_last)
+            if twin is not None:
+                keeper = _keeper(linear, kept, name, is_last=is_last)
+                hooks.append(twin.get_submodule(name).register_forward_pre_hook(keeper))
+        float_batches = inputs.batches() if reference is None else reference.batches()
+        for batch, float_batch in zip(inputs.batches(), float_batches, strict=True):
+            if reference is not None and twin is not None:
+                reference.observe(twin, float_batch)
+            inputs.observe(self.block, batch)
+        for hook in hooks:
+            hook.remove()
+        for group in groups:
+            self._linears[group.owner].observer = None
+        found = {name: h.result() if isinstance(h, RoutedHessian) else h for name, h in hessians.items()}
+        for hessian in found.values():
+            hessian.add_up_processes()
+        return found
 
     def _work_of(self, group: LinearGroup) -> float:
         """What solving `group` costs, roughly: its Hessian is factorized, and every row updated column by
@@ -197,37 +340,35 @@ def _prepare_block(
     return linears
 
 
-def _collect_hessians(
-    block: nn.Module,
-    linears: dict[str, QuantizedLinear],
-    groups: tuple[LinearGroup, ...],
-    inputs: BlockInputs,
-) -> dict[str, HessianAccumulator]:
-    """Hessians of the quantized inputs of `groups` by owner, from one pass as far as the last of them."""
-    n_tokens = distributed.total(inputs.hidden.shape[0] * inputs.hidden.shape[1])
-    hessians: dict[str, HessianAccumulator | RoutedHessian] = {}
-    for group in groups:
-        linear = linears[group.owner]
-        width, device = linear.in_features, inputs.device
-        accumulator: HessianAccumulator | RoutedHessian
-        if group.routed:
-            accumulator = RoutedHessian(width, device)
-        else:
-            accumulator = HessianAccumulator(width, device, holdout=n_tokens < width)
-        hessians[group.owner] = accumulator
-        linear.observer = accumulator.add if group is not groups[-1] else _add_and_stop(accumulator)
-    inputs.observe(block)
-    for group in groups:
-        linears[group.owner].observer = None
-    found = {name: h.result() if isinstance(h, RoutedHessian) else h for name, h in hessians.items()}
-    for hessian in found.values():
-        hessian.add_up_processes()
-    return found
+def _keeper(
+    linear: QuantizedLinear, kept: dict[str, torch.Tensor], name: str, *, is_last: bool
+) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+    """Keeps the input of the twin's linear `name` as `linear` would order it; the last ends the pass."""
+
+    def observe(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        kept[name] = linear.order_channels(args[0])
+        if is_last:
+            raise InputSeen
+
+    return observe
 
 
-def _add_and_stop(accumulator: HessianAccumulator | RoutedHessian) -> Callable[[torch.Tensor], None]:
+def _adder(
+    hessian: HessianAccumulator | RoutedHessian,
+    float_input: Callable[[], torch.Tensor | None],
+    *,
+    is_last: bool,
+) -> Callable[[torch.Tensor], None]:
+    """Adds what a linear sees to `hessian`, beside the twin's input of the same batch; the last ends the
+    pass.
+    """
+
     def observe(x: torch.Tensor) -> None:
-        accumulator.add(x)
-        raise InputSeen
+        if isinstance(hessian, RoutedHessian):
+            hessian.add(x)
+        else:
+            hessian.add(x, float_input())
+        if is_last:
+            raise InputSeen
 
     return observe

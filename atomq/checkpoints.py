@@ -32,7 +32,7 @@ from atomq.formats.schema import (
 from atomq.models.blocks import block_groups, blocks_of, linear_shapes
 from atomq.models.families import LinearShape, ModelFamily
 from atomq.models.loading import empty_model, load_config, load_tokenizer
-from atomq.models.quantized import head_dim_of, restore_block
+from atomq.models.quantized import attention_name, head_counts, head_dim_of, restore_block
 from atomq.models.source import ModelSource
 from atomq.numerics.linear import QuantizedLinear, TensorSpec
 
@@ -206,7 +206,7 @@ def expected_tensors(
         for name, tensor in model.state_dict().items()
         if name not in tied and not name.startswith(linears)
     }
-    return others | replaced
+    return others | replaced | _key_offsets(model, family, scheme)
 
 
 def stored_blocks(folder: Path, opened: Opened) -> Iterator[tuple[str, nn.Module]]:
@@ -230,3 +230,15 @@ def stored_blocks(folder: Path, opened: Opened) -> Iterator[tuple[str, nn.Module
                 check_values(prefix + name, dict(linear.named_buffers(recurse=False)), linear.scheme)
         yield prefix, block
         block.to("meta")
+
+
+def _key_offsets(model: PreTrainedModel, family: ModelFamily, scheme: QuantScheme) -> dict[str, TensorSpec]:
+    if not scheme.kv.key_offset:
+        return {}
+    width = head_dim_of(model.config)
+    offsets = {}
+    for index, block in enumerate(blocks_of(model, family)):
+        n_heads = head_counts(block.get_submodule(attention_name(family)))[1]
+        name = f"{family.blocks}.{index}.{attention_name(family)}.key_offset"
+        offsets[name] = TensorSpec((torch.float32,), (n_heads * width,))
+    return offsets

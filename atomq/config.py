@@ -13,13 +13,26 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+from atomq.checks import (
+    CODE_BITS as CODE_BITS,
+)
+from atomq.checks import (
+    FLOAT_BITS as FLOAT_BITS,
+)
+from atomq.checks import (
+    NumberFormat as NumberFormat,
+)
+from atomq.checks import (
+    ScaleMode,
+    check_bits,
+    check_fields,
+    check_number_format,
+    check_positive,
+    check_progressive,
+    check_ratio,
+)
 from atomq.errors import ConfigError
 
-FLOAT_BITS = 16
-CODE_BITS = (2, 3, 4, 8)
-
-NumberFormat = Literal["int", "fp4-bnb", "fp4-e2m1", "exponential"]
-ScaleMode = Literal["exact", "progressive"]
 OutlierPrecision = Literal["int8", "fp16", "e5m2", "e4m3"]
 Metric = Literal["hessian", "abs_mean"]
 KeyPosition = Literal["before_rope", "after_rope"]
@@ -48,14 +61,14 @@ class WeightScheme:
     scale_mode: ScaleMode = "exact"
 
     def __post_init__(self) -> None:
-        _check_fields("weights", self)
-        _check_number_format("weights", self.n_bits, self.number_format, self.symmetric)
-        _check_positive("weights.channel_group", self.channel_group)
+        check_fields("weights", self)
+        check_number_format("weights", self.n_bits, self.number_format, self.symmetric)
+        check_positive("weights.channel_group", self.channel_group)
         if self.scale_mode == "progressive" and self.channel_group != 1:
             raise ConfigError(
                 "weights.scale_mode progressive keeps one base per row; set weights.channel_group=1"
             )
-        _check_progressive("weights", self.scale_mode, self.n_bits, self.number_format, self.symmetric)
+        check_progressive("weights", self.scale_mode, self.n_bits, self.number_format, self.symmetric)
 
 
 @dataclass(frozen=True)
@@ -73,12 +86,12 @@ class ActivationScheme:
     scale_mode: ScaleMode = "exact"
 
     def __post_init__(self) -> None:
-        _check_fields("activations", self)
+        check_fields("activations", self)
         if self.number_format == "exponential":
             raise ConfigError("activations.number_format exponential does not exist; it is for weights only")
-        _check_number_format("activations", self.n_bits, self.number_format, self.symmetric)
-        _check_ratio("activations.clip_ratio", self.clip_ratio)
-        _check_progressive("activations", self.scale_mode, self.n_bits, self.number_format, self.symmetric)
+        check_number_format("activations", self.n_bits, self.number_format, self.symmetric)
+        check_ratio("activations.clip_ratio", self.clip_ratio)
+        check_progressive("activations", self.scale_mode, self.n_bits, self.number_format, self.symmetric)
 
 
 @dataclass(frozen=True)
@@ -95,7 +108,7 @@ class OutlierScheme:
     reorder: bool = False
 
     def __post_init__(self) -> None:
-        _check_fields("outliers", self)
+        check_fields("outliers", self)
         if self.n_outliers < 0:
             raise ConfigError(f"outliers.n_outliers={self.n_outliers} must be 0 or more")
 
@@ -106,19 +119,27 @@ class KVScheme:
 
     Attributes:
         key_position: where K is quantized: "before_rope" (after the k norm, where there is one) or
-        "after_rope". rotation: "hadamard": K and V of each head are coded after `transform_blocks`, undone
-        on reading.
+            "after_rope".
+        rotation: "hadamard": K and V of each head are coded after `transform_blocks`, undone on reading.
+        key_offset: each channel's mean over the calibration text is taken off K before it is coded and added
+            back on reading; before RoPE only.
     """
 
     n_bits: int = FLOAT_BITS
     clip_ratio: float = 1.0
     key_position: KeyPosition = "before_rope"
     rotation: Rotation = "none"
+    key_offset: bool = False
 
     def __post_init__(self) -> None:
-        _check_fields("kv", self)
-        _check_bits("kv.n_bits", self.n_bits)
-        _check_ratio("kv.clip_ratio", self.clip_ratio)
+        check_fields("kv", self)
+        if self.key_offset and (self.n_bits == FLOAT_BITS or self.key_position != "before_rope"):
+            raise ConfigError(
+                "kv.key_offset is taken off K before RoPE, from a quantized cache; it needs kv.n_bits below "
+                "16 and kv.key_position=before_rope"
+            )
+        check_bits("kv.n_bits", self.n_bits)
+        check_ratio("kv.clip_ratio", self.clip_ratio)
 
 
 @dataclass(frozen=True)
@@ -137,7 +158,7 @@ class QuantScheme:
     transform: Rotation = "none"
 
     def __post_init__(self) -> None:
-        _check_fields("scheme", self)
+        check_fields("scheme", self)
         if self.weights.n_bits == FLOAT_BITS and self.activations.n_bits == FLOAT_BITS:
             if self.kv.n_bits == FLOAT_BITS:
                 raise ConfigError(
@@ -175,6 +196,11 @@ class SolverConfig:
             column's error costs (`method.gptq`).
         calibration: "block" collects all Hessians of a block in one pass before any is solved (Atom);
             "sequential" lets each group see the codes of the groups before it.
+        descent_sweeps: sweeps of coordinate descent over codes and scales after GPTQ (`method.descent`).
+        asymmetry: how much of the float model's output on its own inputs the codes aim at, from 0 (the
+            output of the float weights on quantized inputs) to 1 (`method.hessian`).
+        refine_steps: steps of block-wise refinement after all linears are solved (`method.refine`); 0: none.
+        refine_rate: its learning rate, in codes.
     """
 
     method: Literal["gptq", "rtn"] = "gptq"
@@ -183,10 +209,27 @@ class SolverConfig:
     damp_frac: float = 0.01
     clip_search: Literal["none", "mse", "hessian"] = "none"
     calibration: Literal["block", "sequential"] = "block"
+    descent_sweeps: int = 0
+    asymmetry: float = 0.0
+    refine_steps: int = 0
+    refine_rate: float = 0.01
 
     def __post_init__(self) -> None:
-        _check_fields("solver", self)
-        _check_ratio("solver.clip_ratio", self.clip_ratio)
+        check_fields("solver", self)
+        if not 0 <= self.descent_sweeps <= 100:
+            raise ConfigError(f"solver.descent_sweeps={self.descent_sweeps} must lie between 0 and 100")
+        if not 0 <= self.asymmetry <= 1:
+            raise ConfigError(f"solver.asymmetry={self.asymmetry} must lie between 0 and 1")
+        if not 0 <= self.refine_steps <= 100_000:
+            raise ConfigError(f"solver.refine_steps={self.refine_steps} must lie between 0 and 100000")
+        if not 0 < self.refine_rate <= 1:
+            raise ConfigError(f"solver.refine_rate={self.refine_rate} must lie above 0 and at most at 1")
+        if self.method == "rtn" and (self.descent_sweeps or self.asymmetry or self.refine_steps):
+            raise ConfigError(
+                "solver.descent_sweeps, solver.asymmetry and solver.refine_steps start from GPTQ's codes; "
+                "set all three to 0, or solver.method=gptq"
+            )
+        check_ratio("solver.clip_ratio", self.clip_ratio)
         if self.method == "rtn" and self.clip_search == "hessian":
             raise ConfigError(
                 "solver.clip_search hessian weighs errors by GPTQ's Hessian, and solver.method=rtn has none; "
@@ -195,6 +238,11 @@ class SolverConfig:
         if not 0 < self.damp_frac <= 10:
             raise ConfigError(f"solver.damp_frac={self.damp_frac} must lie above 0 and at most at 10")
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the float model's activations are carried along beside the quantized ones."""
+        return self.asymmetry > 0 or self.refine_steps > 0
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -202,6 +250,14 @@ class Recipe:
 
     scheme: QuantScheme = field(default_factory=QuantScheme)
     solver: SolverConfig = field(default_factory=SolverConfig)
+
+    def __post_init__(self) -> None:
+        solves = self.solver.method == "gptq" and self.scheme.weights.n_bits < FLOAT_BITS
+        if self.scheme.kv.key_offset and not solves:
+            raise ConfigError(
+                "kv.key_offset is measured while codes are solved; it needs solver.method=gptq and "
+                "weights.n_bits below 16"
+            )
 
     @property
     def needs_calibration(self) -> bool:
@@ -317,57 +373,3 @@ def _parse(name: str, text: str, hint: Any) -> Any:
         except ValueError:
             raise ConfigError(f"{name}={text} must be a number") from None
     return text
-
-
-def _check_fields(where: str, config: Any) -> None:
-    """Refuse values of the wrong type or not among a Literal's choices."""
-    for name, hint in typing.get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        label = name if where == "scheme" else f"{where}.{name}"
-        if typing.get_origin(hint) is Literal:
-            if value not in typing.get_args(hint):
-                choices = ", ".join(map(str, typing.get_args(hint)))
-                raise ConfigError(f"{label}={value!r} does not exist; choose one of {choices}")
-            continue
-        allowed = typing.get_args(hint) or (hint,)
-        if float in allowed:
-            allowed = (*allowed, int)
-        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-            raise ConfigError(f"{label}={value!r} has the wrong type; expected {hint}")
-    group_size = getattr(config, "group_size", None)
-    if group_size is not None:
-        _check_positive(f"{where}.group_size", group_size)
-
-
-def _check_positive(label: str, value: int) -> None:
-    if value < 1:
-        raise ConfigError(f"{label}={value} must be at least 1")
-
-
-def _check_ratio(label: str, value: float) -> None:
-    if not 0 < value <= 1:
-        raise ConfigError(f"{label}={value} must lie above 0 and at most at 1")
-
-
-def _check_bits(label: str, n_bits: int) -> None:
-    if n_bits not in (*CODE_BITS, FLOAT_BITS):
-        raise ConfigError(f"{label}={n_bits} must be one of 2, 3, 4, 8 or 16 (16 = floating point)")
-
-
-def _check_number_format(where: str, n_bits: int, number_format: NumberFormat, symmetric: bool) -> None:
-    _check_bits(f"{where}.n_bits", n_bits)
-    if number_format != "int" and (n_bits != 4 or not symmetric):
-        raise ConfigError(
-            f"{where}.number_format {number_format} has 16 codes and no zero point; "
-            f"it needs {where}.n_bits=4 and {where}.symmetric=true"
-        )
-
-
-def _check_progressive(
-    where: str, scale_mode: ScaleMode, n_bits: int, number_format: NumberFormat, symmetric: bool
-) -> None:
-    if scale_mode == "progressive" and not (n_bits <= 4 and number_format == "int" and symmetric):
-        raise ConfigError(
-            f"{where}.scale_mode progressive multiplies codes by factors up to 16 within INT8; "
-            f"it needs symmetric integers of at most 4 bits"
-        )

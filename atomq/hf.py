@@ -99,7 +99,7 @@ class AtomqQuantizer(HfQuantizer):
         family, scheme = parse_quantization_config(self.quantization_config.to_dict())
         if not checkpoint_files:
             raise CheckpointError("an atomq checkpoint is loaded from its files, not from a state dict")
-        self._folder = Path(checkpoint_files[0]).parent
+        self._folder, self._scheme = Path(checkpoint_files[0]).parent, scheme
         try:
             unfuse_experts(model, family)
         except AttributeError as error:
@@ -115,6 +115,7 @@ class AtomqQuantizer(HfQuantizer):
             own = {
                 name.removeprefix(prefix): spec for name, spec in headers.items() if name.startswith(prefix)
             }
+            self._exact |= {prefix + name for name in own if name.endswith(".key_offset")}
             for name, linear in install_stored(block, family, scheme, head_dim, own).items():
                 self._exact |= {
                     f"{prefix}{name}.{suffix}"
@@ -130,9 +131,11 @@ class AtomqQuantizer(HfQuantizer):
             current = module._buffers[buffer]
             assert current is not None
             module._buffers[buffer] = tensor.to(current.device)
-        for name, linear in model.named_modules():
-            if isinstance(linear, QuantizedLinear):
-                check_values(name, dict(linear.named_buffers(recurse=False)), linear.scheme)
+        for name, module in model.named_modules():
+            if isinstance(module, QuantizedLinear):
+                check_values(name, dict(module.named_buffers(recurse=False)), module.scheme)
+            elif "key_offset" in module._buffers:
+                check_values(name, {"key_offset": module.get_buffer("key_offset")}, self._scheme)
         for cast in ("half", "float"):  # transformers forbids them; here they leave codes and scales alone
             setattr(model, cast, MethodType(getattr(nn.Module, cast), model))
         return model

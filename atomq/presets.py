@@ -20,29 +20,56 @@ from atomq.config import (
 )
 from atomq.errors import ConfigError
 
-DEFAULT_PRESET = "atom"
+DEFAULT_PRESET = "atomq"
+REFINE_STEPS = 200  # what `--refine` sets
+
+# What `atom` stores and computes with; the presets of atomq differ in how it is found, and in transforms.
+_OUTLIERS = OutlierScheme(n_outliers=128, precision="int8", metric="hessian", reorder=True)
+_KV4 = KVScheme(n_bits=4, rotation="hadamard", key_offset=True)
+_SOLVER = SolverConfig(method="gptq", clip_search="hessian", descent_sweeps=4, asymmetry=0.5)
+
 
 PRESETS: dict[str, Recipe] = {
-    # The recipe of the Atom paper (arXiv 2310.19102, section 5.1), without the reference's defects.
-    "atom": Recipe(
-        QuantScheme(
-            WeightScheme(n_bits=4, group_size=128, channel_group=2),
-            ActivationScheme(n_bits=4, group_size=128, clip_ratio=0.9),
-            OutlierScheme(n_outliers=128, precision="int8", metric="hessian", reorder=True),
-            KVScheme(n_bits=4),
-        ),
-        SolverConfig(method="gptq", clip_ratio=0.85, scale_span="half", damp_frac=0.01),
-    ),
     # The same bits and kernels as `atom`, with the levers that were measured to pay (docs/method.md).
     "atomq": Recipe(
         QuantScheme(
             WeightScheme(n_bits=4, group_size=128, channel_group=2),
             ActivationScheme(n_bits=4, group_size=128, clip_ratio=0.9),
-            OutlierScheme(n_outliers=128, precision="int8", metric="hessian", reorder=True),
-            KVScheme(n_bits=4, rotation="hadamard"),
+            _OUTLIERS,
+            _KV4,
             transform="hadamard",
         ),
-        SolverConfig(method="gptq", clip_search="hessian"),
+        _SOLVER,
+    ),
+    # Progressive scales: a GEMM adds up all groups in INT32.
+    "atomq-fast": Recipe(
+        QuantScheme(
+            WeightScheme(n_bits=4, group_size=128, scale_mode="progressive"),
+            ActivationScheme(n_bits=4, group_size=128, clip_ratio=0.9, scale_mode="progressive"),
+            _OUTLIERS,
+            _KV4,
+            transform="hadamard",
+        ),
+        _SOLVER,
+    ),
+    # The recipe of the Atom paper (arXiv 2310.19102, section 5.1), without the reference's defects.
+    "atom": Recipe(
+        QuantScheme(
+            WeightScheme(n_bits=4, group_size=128, channel_group=2),
+            ActivationScheme(n_bits=4, group_size=128, clip_ratio=0.9),
+            _OUTLIERS,
+            KVScheme(n_bits=4),
+        ),
+        SolverConfig(method="gptq", clip_ratio=0.85, scale_span="half", damp_frac=0.01),
+    ),
+    # INT4 weights with INT8 outlier channels; activations and KV cache in 16 bits.
+    "w4a16-int8": Recipe(
+        QuantScheme(
+            WeightScheme(n_bits=4, group_size=128, channel_group=2),
+            ActivationScheme(n_bits=FLOAT_BITS),
+            _OUTLIERS,
+        ),
+        _SOLVER,
     ),
     # The plain baseline: what W4A4 costs without any of the method. Needs no calibration.
     "rtn": Recipe(
@@ -54,7 +81,7 @@ PRESETS: dict[str, Recipe] = {
         QuantScheme(WeightScheme(n_bits=4, group_size=128), ActivationScheme(n_bits=4, group_size=128)),
         SolverConfig(method="gptq", clip_search="hessian", calibration="sequential"),
     ),
-    # Weights only, for servers that compute in 16 bits.
+    # Weights only and without outliers, as GPTQ and compressed-tensors files hold them.
     "w4a16": Recipe(
         QuantScheme(WeightScheme(n_bits=4, group_size=128), ActivationScheme(n_bits=FLOAT_BITS)),
         SolverConfig(method="gptq", clip_search="hessian", calibration="sequential"),
@@ -67,11 +94,13 @@ PRESETS: dict[str, Recipe] = {
 }
 
 PRESET_HELP = {
+    "atomq": "W4A4KV4 at the bits of atom with a third of its loss",
+    "atomq-fast": "the same with progressive scales, for the fastest GEMM",
     "atom": "the Atom paper's W4A4KV4: groups of 128, 128 INT8 outlier channels, GPTQ",
-    "atomq": "the same bits, about half the loss: Hadamard in groups and heads, searched clips",
+    "w4a16-int8": "INT4 weights, 128 INT8 outlier channels; 16-bit activations",
     "rtn": "W4A4 rounded to nearest, no outliers: the baseline; no calibration",
     "ct-w4a4": "W4A4 without outliers by GPTQ, for atomq export --format compressed-tensors",
-    "w4a16": "INT4 weights in groups of 128 by GPTQ, 16-bit activations",
+    "w4a16": "INT4 weights without outliers by GPTQ, 16-bit activations; exports to GPTQ files",
     "w8a8": "INT8 per row and per token, rounded to nearest; no calibration",
 }
 
@@ -81,6 +110,7 @@ SHORT_NAMES = {
     "a_bits": "activations.n_bits",
     "kv_bits": "kv.n_bits",
     "n_outliers": "outliers.n_outliers",
+    "refine": "solver.refine_steps",
 }
 
 

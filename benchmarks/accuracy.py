@@ -23,22 +23,43 @@ import typer
 import atomq.hf
 from atomq import pipeline
 from atomq.commands import console
-from atomq.commands.quantize import build_recipe
 from atomq.config import CalibrationConfig
 from atomq.eval.perplexity import evaluate_perplexity
 from atomq.eval.windows import evaluation_windows
 from atomq.models.loading import load_float_model, load_tokenizer
 from atomq.models.source import resolve_source
+from atomq.presets import build_recipe
 
-# Name -> preset and settings. "measured" is the variant behind docs/method.md's first figures.
+KV16 = "kv.n_bits=16"
+ROUGH = ["outliers.n_outliers=0", "outliers.reorder=false", "solver.method=rtn", "solver.clip_ratio=1"]
+ROUGH += ["solver.scale_span=full", "activations.clip_ratio=1", KV16]
+ONE_SCALE = ["weights.group_size=none", "activations.group_size=none", "weights.channel_group=1"]
+NO_LEVERS = ["transform=none", "solver.descent_sweeps=0", "solver.asymmetry=0"]
+# Name -> preset and settings: the presets, and the ladder of the paper, each step on top of the one before.
 RECIPES: dict[str, tuple[str, list[str]]] = {
-    "atom KV16": ("atom", ["kv.n_bits=16"]),
+    "atomq --refine": ("atomq", ["solver.refine_steps=200"]),
+    "atomq": ("atomq", []),
     "atom": ("atom", []),
-    "variant KV16": ("atom", ["weights.channel_group=1", "solver.scale_span=full", "kv.n_bits=16"]),
-    "variant": ("atom", ["weights.channel_group=1", "solver.scale_span=full"]),
-    "rtn W4A4": ("rtn", []),
+    "atomq KV16": ("atomq", [KV16, "kv.key_offset=false"]),
+    "atom KV16": ("atom", [KV16]),
+    "atomq-fast": ("atomq-fast", []),
+    "w4a16-int8": ("w4a16-int8", []),
+    "atomq W4A8": ("atomq", ["activations.n_bits=8", "activations.clip_ratio=1"]),
+    "atomq W3A3 KV16": (
+        "atomq",
+        ["weights.n_bits=3", "activations.n_bits=3", KV16, "kv.key_offset=false"],
+    ),
+    "atom W3A3 KV16": ("atom", ["weights.n_bits=3", "activations.n_bits=3", KV16]),
     "w4a16": ("w4a16", []),
     "w8a8": ("w8a8", []),
+    "ladder 1: rounded, a scale per row and token": ("atom", [*ROUGH, *ONE_SCALE]),
+    "ladder 2: + 128 outliers in FP16": (
+        "atom",
+        [*ROUGH[2:], *ONE_SCALE, "outliers.precision=fp16"],
+    ),
+    "ladder 3: outliers in INT8": ("atom", [*ROUGH[2:], *ONE_SCALE]),
+    "ladder 4: + groups of 128": ("atom", ROUGH[2:]),
+    "ladder 5: + clipping": ("atom", ["solver.method=rtn", KV16]),
 }
 
 
@@ -46,8 +67,12 @@ def main(
     model: str,
     calib_data: Annotated[str, typer.Option()],
     data: Annotated[str, typer.Option()],
+    second_data: Annotated[str | None, typer.Option(help="A text that was not calibrated on.")] = None,
+    second_windows: int = 64,
+    kl: Annotated[bool, typer.Option(help="Evaluate the float model beside each recipe.")] = True,
     n_samples: int = 64,
     seq_len: int = 2048,
+    seed: int = 0,
     max_windows: int | None = None,
     only: Annotated[list[str] | None, typer.Option(help="Only recipes of these names.")] = None,
     extra: Annotated[list[str] | None, typer.Option(help="NAME:PRESET:SETTING,SETTING...")] = None,
@@ -58,26 +83,38 @@ def main(
     place = pipeline.choose_device(device)
     source = resolve_source(model)
     windows = evaluation_windows(load_tokenizer(source), data, 2048, max_windows)
+    seconds = None
+    if second_data is not None:
+        seconds = evaluation_windows(load_tokenizer(source), second_data, 2048, second_windows)
     float_model: Any = load_float_model(source)
     baseline = float_model.to(place)
     recipes = {name: recipe for name, recipe in RECIPES.items() if not only or name in only}
     for text in extra or []:
-        name, preset, settings = text.split(":")
-        recipes[name] = (preset, [s for s in settings.split(",") if s])
+        name, preset, changes = text.split(":")
+        recipes[name] = (preset, [s for s in changes.split(",") if s])
     rows: list[dict[str, Any]] = []
     record = {
         "model": source.name,
-        "calibration": {"data": Path(calib_data).name, "n_samples": n_samples, "seq_len": seq_len, "seed": 0},
+        "calibration": {
+            "data": Path(calib_data).name,
+            "n_samples": n_samples,
+            "seq_len": seq_len,
+            "seed": seed,
+        },
         "evaluation": {"data": windows.corpus, "n_windows": windows.n_windows, "seq_len": windows.seq_len},
         "environment": environment(place, commit),
         "float_ppl": evaluate_perplexity(baseline, windows).ppl,
+        "second": None if seconds is None else {"data": seconds.corpus, "n_windows": seconds.n_windows},
+        "float_second_ppl": None if seconds is None else evaluate_perplexity(baseline, seconds).ppl,
         "rows": rows,
     }
-    console.out.print(f"float: {record['float_ppl']:.4f}", highlight=False)
+    console.out.print(f"float: {record['float_ppl']:.4f}, {record['float_second_ppl']}", highlight=False)
     for name, (preset, settings) in recipes.items():
         rows.append({"name": name, "preset": preset, "settings": settings})
-        rows[-1] |= measure(model, preset, settings, calib_data, n_samples, seq_len, place, windows, baseline)
-        figures = {key: rows[-1][key] for key in ("ppl", "kl", "quantize_seconds")}
+        beside = baseline if kl else None
+        config = CalibrationConfig(calib_data, n_samples, seq_len, seed)
+        rows[-1] |= measure(model, preset, settings, config, place, windows, seconds, beside)
+        figures = {key: rows[-1][key] for key in ("ppl", "second_ppl", "kl", "quantize_seconds", "seconds")}
         console.out.print(f"{name}: {json.dumps(figures)}", highlight=False, soft_wrap=True)
         if save is not None:
             save.parent.mkdir(parents=True, exist_ok=True)
@@ -88,28 +125,30 @@ def measure(
     model: str,
     preset: str,
     settings: list[str],
-    calib_data: str,
-    n_samples: int,
-    seq_len: int,
+    config: CalibrationConfig,
     device: torch.device,
     windows: Any,
+    seconds: Any,
     baseline: Any,
 ) -> dict[str, Any]:
-    """Quantize by one recipe and evaluate its simulation beside `baseline`."""
+    """Quantize by one recipe and evaluate its simulation, beside `baseline` if it is given."""
     recipe = build_recipe(preset, {}, None, settings)
-    config = CalibrationConfig(calib_data, n_samples, seq_len)
+    config = config if recipe.needs_calibration else CalibrationConfig()
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         result = pipeline.quantize(model, Path(folder) / "out", recipe, device, lambda *_: None, config)
-        seconds = time.perf_counter() - started
+        quantize_seconds = time.perf_counter() - started
         simulation: Any = atomq.hf.load(result.path)
     started = time.perf_counter()
-    evaluated = evaluate_perplexity(simulation.to(device), windows, baseline)
+    simulation = simulation.to(device)
+    evaluated = evaluate_perplexity(simulation, windows, baseline)
+    second = None if seconds is None else evaluate_perplexity(simulation, seconds).ppl
     return {
         "ppl": evaluated.ppl,
+        "second_ppl": second,
         "baseline_ppl": evaluated.baseline_ppl,
         "kl": evaluated.kl,
-        "quantize_seconds": seconds,
+        "quantize_seconds": quantize_seconds,
         "evaluate_seconds": time.perf_counter() - started,
         **{key: result.summary[key] for key in ("effective_bits", "size_bytes", "seconds", "warnings")},
         "mean_relative_error": result.summary["mean_relative_error"],

@@ -14,8 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "benchmarks/results"
-ACCURACY = "2026-11-22-h100-accuracy-smollm2.json"
-ON_CPU = "2026-11-22-cpu-smollm2.json"
+ACCURACY = "2026-11-27-h100-accuracy-smollm2.json"
 GEMM = "2026-11-22-h100-gemm.json"
 GEMM_SHAPE = (28672, 8192)
 GEMM_TOKENS = (1, 64, 256, 4096)
@@ -38,29 +37,21 @@ def link(name: str) -> str:
 
 
 def accuracy() -> str:
-    """Perplexities of the presets, each measurement beside its own unquantized figure."""
-    on_gpu, on_cpu = record(ACCURACY), record(ON_CPU)["rows"]
-    rows = {row["name"]: row for row in on_gpu["rows"]}
-    columns = {"`w8a8`": "w8a8", "`atom`, 16-bit KV": "atom KV16", "`atom`": "atom", "`rtn`": "rtn W4A4"}
-    head = ["WikiText-2 test", "unquantized", *columns, "`atomq`", ""]
+    """Perplexities of the presets on the text that was calibrated for, and on another."""
+    found = record(ACCURACY)
+    rows = {row["name"]: row for row in found["rows"]}
+    columns = {"`atom` W4A4KV4": "atom", "**`atomq`** W4A4KV4": "atomq", "`w4a16-int8`": "w4a16-int8"}
+    head = ["", "unquantized", *columns]
     lines = [head, ["---"] * len(head)]
-    measured = [f"{rows[name]['ppl']:.2f}" for name in columns.values()]
-    all_windows = f"all {on_gpu['evaluation']['n_windows']} windows, H100"
-    lines.append([all_windows, f"{on_gpu['float_ppl']:.2f}", *measured, "", link(ACCURACY)])
-    atom, atomq = cpu_rows(on_cpu)
-    unquantized = next(row for row in on_cpu if row["what"].startswith("float GGUF"))
-    few = f"first {unquantized['n_windows']} windows, 2 CPU cores"
-    ppl = "ppl_wikitext2_test_2x2048"
-    figures = [f"{unquantized['ppl']:.2f}", "", "", f"{atom[ppl]:.2f}", "", f"**{atomq[ppl]:.2f}**"]
-    lines.append([few, *figures, link(ON_CPU)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def cpu_rows(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The rows of presets `atom` and `atomq` in the record of the CPU."""
-    atom = next(row for row in rows if row.get("preset") == "atom" and not row["settings"])
-    atomq = next(row for row in rows if row.get("note") == "these settings are preset atomq")
-    return atom, atomq
+    texts = {
+        f"WikiText-2 test, {found['evaluation']['n_windows']} windows": ("float_ppl", "ppl"),
+        f"C4 sample, {found['second']['n_windows']} windows": ("float_second_ppl", "second_ppl"),
+    }
+    for text, (unquantized, quantized) in texts.items():
+        measured = [f"{rows[name][quantized]:.2f}" for name in columns.values()]
+        lines.append([text, f"{found[unquantized]:.2f}", *measured])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{table}\n\nCalibrated on WikiText-2 validation; one H100 ({link(ACCURACY)})."
 
 
 def gemm() -> str:
@@ -96,14 +87,12 @@ def with_tables(text: str) -> str:
 
 def picture() -> str:
     """Bars of perplexity by preset and of microseconds by kernel, for light and dark pages."""
-    on_cpu = record(ON_CPU)["rows"]
-    atom, atomq = cpu_rows(on_cpu)
-    unquantized = next(row for row in on_cpu if row["what"].startswith("float GGUF"))
-    ppl = "ppl_wikitext2_test_2x2048"
+    measured = record(ACCURACY)
+    rows = {row["name"]: row["ppl"] for row in measured["rows"]}
     losses = [
-        ("unquantized", unquantized["ppl"]),
-        ("W4A4KV4, atom", atom[ppl]),
-        ("W4A4KV4, atomq", atomq[ppl]),
+        ("unquantized", measured["float_ppl"]),
+        ("W4A4KV4, atom", rows["atom"]),
+        ("W4A4KV4, atomq", rows["atomq"]),
     ]
     found = {
         r["name"]: r["timing"]["graph_us"]
@@ -115,7 +104,7 @@ def picture() -> str:
         for name, label in (("fp16", "torch fp16"), ("fp8", "torch FP8"), ("w4a4", "INT4, exact scales"))
     ]
     title = f"us for one token, {GEMM_SHAPE[0]} x {GEMM_SHAPE[1]}, H100"
-    body = _panel(0, "perplexity, SmolLM2-135M (first 2 windows)", losses, "{:.2f}")
+    body = _panel(0, "perplexity, SmolLM2-135M, WikiText-2", losses, "{:.2f}")
     body += _panel(370, title, times, "{:.1f}")
     style = (
         "text{font:12px system-ui,sans-serif;fill:#1c2430}.h{font-weight:600}"

@@ -356,7 +356,7 @@ def test_atom_is_the_papers_recipe():
     assert recipe.scheme.outliers == OutlierScheme(128, "int8", "hessian", True)
     assert recipe.scheme.kv == KVScheme(4, 1.0, "before_rope", "none")
     assert recipe.solver == SolverConfig("gptq", 0.85, "half", 0.01)
-    assert DEFAULT_PRESET == "atom"
+    assert DEFAULT_PRESET == "atomq"
 
 
 def test_every_preset_has_a_line_of_help_and_an_unknown_one_is_refused_with_the_list():

@@ -33,15 +33,15 @@ def test_the_figures_of_the_readme_are_those_of_the_records():
 
 def test_a_figure_that_is_not_the_record_s_would_be_noticed():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (figure,) = set(re.findall(r"\b382\.61\b", text))
-    spoilt = text.replace(figure, "38.26")
+    (figure,) = set(re.findall(r"\b25\.17\b", text))
+    spoilt = text.replace(figure, "21.57")
     assert readme.with_tables(spoilt) == text
 
 
 def test_the_readme_is_one_screen_and_every_record_it_links_is_there():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 75
-    assert len(re.findall(r"\(benchmarks/results/[^)]+\.json\)", text)) >= 3
+    assert len(re.findall(r"\(benchmarks/results/[^)]+\.json\)", text)) >= 2
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -21,6 +21,7 @@ EVERYWHERE = {
     "",
     "errors",
     "config",
+    "checks",
     "resources",
     "presets",
     "progress",
@@ -53,6 +54,7 @@ BELOW_COMMANDS = {
 LAW = {
     "errors": set(),
     "config": set(),
+    "checks": set(),
     "resources": set(),
     "presets": set(),
     "numerics": set(),

@@ -20,7 +20,7 @@ from atomq.commands.options import (
 )
 from atomq.config import CalibrationConfig, to_dict
 from atomq.errors import ConfigError
-from atomq.presets import DEFAULT_PRESET, PRESET_HELP, build_recipe
+from atomq.presets import DEFAULT_PRESET, PRESET_HELP, REFINE_STEPS, build_recipe
 from atomq.units import human_bytes, human_seconds
 
 if TYPE_CHECKING:
@@ -39,6 +39,10 @@ def command(
     kv_bits: Annotated[int | None, typer.Option(help="KV cache: 2, 3, 4, 8 or 16.")] = None,
     group_size: Annotated[str | None, typer.Option(help="Channels per scale; none = a whole row.")] = None,
     n_outliers: Annotated[int | None, typer.Option(help="Outlier channels per linear input.")] = None,
+    refine: Annotated[
+        bool,
+        typer.Option("--refine", help="Learn each block's codes and scales together; takes minutes more."),
+    ] = False,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Any other setting; --show-recipe lists them all."),
@@ -84,6 +88,7 @@ def command(
     json_output: JsonOption = False,
 ) -> None:
     short = {"w_bits": w_bits, "a_bits": a_bits, "kv_bits": kv_bits, "n_outliers": n_outliers}
+    short["refine"] = REFINE_STEPS if refine else None
     recipe = build_recipe(preset, short, group_size, settings or [])
     if show_recipe:
         console.print_json(to_dict(recipe))

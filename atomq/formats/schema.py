@@ -55,10 +55,17 @@ def parse_quantization_config(config: Mapping[str, Any]) -> tuple[ModelFamily, Q
             f"update atomq, or quantize the model again"
         )
     try:
-        scheme = from_dict(QuantScheme, config.get("scheme"), "scheme.")
+        scheme = from_dict(QuantScheme, _with_key_offset(config.get("scheme")), "scheme.")
     except ConfigError as error:
         raise CheckpointError(f"config.json: {error}") from error
     return _parse_family(config.get("family")), scheme
+
+
+def _with_key_offset(scheme: Any) -> Any:
+    """A scheme as it is written now: files of version 0.1 do not say that K has no offset."""
+    if isinstance(scheme, dict) and isinstance(scheme.get("kv"), dict):
+        return {**scheme, "kv": {"key_offset": False, **scheme["kv"]}}
+    return scheme
 
 
 def _parse_family(value: Any) -> ModelFamily:
@@ -111,7 +118,7 @@ def linear_tensors(
 
 
 def check_values(name: str, tensors: Mapping[str, torch.Tensor], scheme: QuantScheme) -> None:
-    """Refuse values that no writer makes in the tensors of the linear `name`, given by their last names.
+    """Refuse values that no writer makes in the tensors of the module `name`, given by their last names.
 
     Raises:
         CheckpointError: naming the tensor and the rule.
@@ -123,6 +130,7 @@ def check_values(name: str, tensors: Mapping[str, torch.Tensor], scheme: QuantSc
     }
     positive = ("positive and finite", lambda t: t.isfinite() & (t > 0))
     rules |= dict.fromkeys(("scales", "scale_base", "outlier_scales"), positive)
+    rules["key_offset"] = ("finite", lambda t: t.isfinite())
     if scheme.outliers.precision != "int8":
         rules["outlier_weight"] = ("finite", lambda t: t.float().isfinite())
     for suffix in tensors.keys() & rules.keys():

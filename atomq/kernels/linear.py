@@ -126,12 +126,14 @@ class KernelLinear(nn.Module):
         return QuantizedActivations(plain[:, : self.n_normal], normal_scales, None, outliers)
 
 
-def kernel_heads(heads: torch.Tensor, scheme: KVScheme) -> torch.Tensor:
+def kernel_heads(heads: torch.Tensor, scheme: KVScheme, offset: torch.Tensor | None = None) -> torch.Tensor:
     """`fake_quantize_heads` at 4 bits by the KV kernels, on a GPU."""
-    flat = heads.reshape(-1, 1, heads.shape[-1])
+    centred = heads if offset is None else heads.float() - offset.float()
+    flat = centred.reshape(-1, 1, heads.shape[-1])
     hadamard = scheme.rotation == "hadamard"
     stored = quantize_kv(flat, clip_ratio=scheme.clip_ratio, hadamard=hadamard)
-    return dequantize_kv(stored, heads.dtype, hadamard=hadamard).reshape(heads.shape)
+    values = dequantize_kv(stored, centred.dtype, hadamard=hadamard).reshape(heads.shape)
+    return values if offset is None else (values + offset.float()).to(heads.dtype)
 
 
 def use_kernels(model: nn.Module) -> int:

@@ -1,5 +1,9 @@
-"""The GPTQ Hessian of a linear group: H = 2/n sum x x^T over the quantized inputs (GPTQ, arXiv 2210.17323,
-eq. 2).
+"""The GPTQ Hessian of a linear group: H = 2/n sum x x^T over the quantized inputs x (GPTQ, arXiv 2210.17323,
+eq. 2), and the asymmetric target.
+
+With x~ the float model's input of the same token, a linear is to give W x~ and not W x. The weight that comes
+nearest is W + W D H^-1 with D = 2/n sum (x~ - x) x^T (GPTAQ, arXiv 2504.02692); a share of that correction
+may do better than all of it, since what a linear corrects for others it fits to the calibration text.
 """
 
 from __future__ import annotations
@@ -7,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from atomq import distributed
-from atomq.numerics.products import add_gram
+from atomq.numerics.products import add_cross_gram, add_gram
 
 
 class HessianAccumulator:
@@ -17,14 +21,18 @@ class HessianAccumulator:
     it judges between candidates when there are fewer tokens than channels (`method.solve`).
     """
 
-    def __init__(self, width: int, device: torch.device, *, holdout: bool) -> None:
+    def __init__(self, width: int, device: torch.device, *, holdout: bool, asymmetric: bool = False) -> None:
         self._fit = torch.zeros(width, width, device=device)
+        self._shift = torch.zeros(width, width, device=device) if asymmetric else None
         self._held_out = torch.zeros(width, width, device=device) if holdout else None
         self.n_tokens = 0
 
-    def add(self, x: torch.Tensor) -> None:
-        """Take in quantized inputs [..., K]."""
+    def add(self, x: torch.Tensor, x_float: torch.Tensor | None = None) -> None:
+        """Take in quantized inputs [..., K] and, for the asymmetric target, the float model's."""
         rows = x.reshape(-1, x.shape[-1]).float()
+        if self._shift is not None:
+            assert x_float is not None
+            add_cross_gram(self._shift, x_float.reshape(rows.shape).float() - rows, rows)
         self.n_tokens += rows.shape[0]
         if self._held_out is not None:
             n_fit = rows.shape[0] - rows.shape[0] // 4
@@ -44,6 +52,11 @@ class HessianAccumulator:
         return total / max(self.n_tokens, 1)
 
     @property
+    def shift(self) -> torch.Tensor | None:
+        """D [K, K] over all tokens, divided by their number, or None if no float inputs were given."""
+        return None if self._shift is None else self._shift / max(self.n_tokens, 1)
+
+    @property
     def fit(self) -> torch.Tensor:
         """Over the tokens that candidates are fitted to (unnormalized)."""
         return self._fit
@@ -57,3 +70,19 @@ class HessianAccumulator:
 def output_error(difference: torch.Tensor, hessian: torch.Tensor) -> float:
     """tr(D H D^T): squared error of the linear's outputs for a weight difference D [N, K], float64 sum."""
     return float(((difference @ hessian) * difference).sum(dtype=torch.float64))
+
+
+def damp(hessian: torch.Tensor, damp_frac: float) -> torch.Tensor:
+    """`hessian` [K, K] plus `damp_frac` of its mean diagonal; channels that were never active count as 1."""
+    diagonal = hessian.diagonal()
+    diagonal = torch.where(diagonal == 0, 1.0, diagonal)
+    return hessian.diagonal_scatter(diagonal + damp_frac * diagonal.mean())
+
+
+def asymmetric_target(
+    weight: torch.Tensor, hessian: torch.Tensor, shift: torch.Tensor, strength: float
+) -> torch.Tensor:
+    """W + strength * W D H^-1, [N, K], for a damped `hessian` [K, K] and D = `shift`; solved in float64."""
+    lower = torch.linalg.cholesky(hessian.double())
+    correction = torch.cholesky_solve(shift.T.double() @ weight.T.double(), lower).T
+    return weight + strength * correction.to(weight.dtype)

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from atomq.config import QuantScheme, SolverConfig
+from atomq.method.descent import descend
 from atomq.method.gptq import factorize_hessian, gptq_quantize, rtn_quantize
-from atomq.method.hessian import HessianAccumulator, output_error
+from atomq.method.hessian import HessianAccumulator, asymmetric_target, damp, output_error
 from atomq.numerics.weights import QuantizedWeight
 
 SHORT_DAMPINGS = (1.0, 10.0, 100.0)  # multiples of damp_frac that compete when tokens are few
@@ -56,9 +57,8 @@ def solve_group(
         solved = [rtn_quantize(w, scheme, solver) for w in weights]
         used, raised = None, False
     else:
-        factor = factorize_hessian(total, damp_frac)
-        solved = [gptq_quantize(w, factor, scheme, solver) for w in weights]
-        used, raised = factor.damp_frac, factor.damp_frac > damp_frac
+        solved, used = _solve_by_gptq(weights, total, damp_frac, scheme, solver, hessian.shift)
+        raised = used > damp_frac
     method = "rtn" if damp_frac is None else "gptq"
     return [
         SolvedLinear(
@@ -66,6 +66,35 @@ def solve_group(
         )
         for weight, quantized in zip(weights, solved, strict=True)
     ]
+
+
+def _solve_by_gptq(
+    weights: list[torch.Tensor],
+    hessian: torch.Tensor,
+    damp_frac: float,
+    scheme: QuantScheme,
+    solver: SolverConfig,
+    shift: torch.Tensor | None = None,
+) -> tuple[list[QuantizedWeight], float]:
+    """Codes by GPTQ and coordinate descent under `hessian`, and the damping that was needed.
+
+    Rows do not know of each other, so the linears are solved as one, if their channel groups allow it.
+    """
+    factor = factorize_hessian(hessian, damp_frac)
+    damped = damp(hessian, factor.damp_frac)
+    n_rows = [len(weight) for weight in weights]
+    whole = all(n % scheme.weights.channel_group == 0 for n in n_rows[:-1])
+    solved: list[QuantizedWeight] = []
+    for weight in [torch.cat(weights)] if whole else weights:
+        target = weight
+        if shift is not None:
+            target = asymmetric_target(weight, damped, shift, solver.asymmetry)
+        quantized = gptq_quantize(target, factor, scheme, solver)
+        if solver.descent_sweeps:
+            target = target.masked_fill(factor.dead, 0.0)
+            quantized = descend(target, damped, quantized, scheme, solver.descent_sweeps)
+        solved += quantized.split(n_rows, scheme.weights) if whole else [quantized]
+    return solved, factor.damp_frac
 
 
 def _choose_damping(
@@ -85,10 +114,10 @@ def _choose_damping(
 
     best, best_loss = None, loss([rtn_quantize(w, scheme, solver) for w in weights])
     for multiple in SHORT_DAMPINGS:
-        factor = factorize_hessian(hessian.fit, solver.damp_frac * multiple)
-        candidate = loss([gptq_quantize(w, factor, scheme, solver) for w in weights])
+        solved, used = _solve_by_gptq(weights, hessian.fit, solver.damp_frac * multiple, scheme, solver)
+        candidate = loss(solved)
         if candidate < best_loss:
-            best, best_loss = factor.damp_frac, candidate
+            best, best_loss = used, candidate
     return best
 
 

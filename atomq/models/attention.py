@@ -54,9 +54,13 @@ def _attend(
 def _attend_after_rope(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention on keys [batch, heads, tokens, head_dim] as the cache gives them back."""
-    quantizer: Any = module.atomq_kv
-    return _attend(module, query, quantizer.quantize(key, quantizer.scheme), *args, **kwargs)
+    """Attention on keys [batch, heads, tokens, head_dim] as the cache gives them back; a float copy of a
+    block has no quantizer.
+    """
+    quantizer: Any = getattr(module, "atomq_kv", None)
+    if quantizer is not None:
+        key = quantizer.quantize(key, quantizer.scheme, None)
+    return _attend(module, query, key, *args, **kwargs)
 
 
 AttentionInterface.register(ATTENTION_AFTER_ROPE, _attend_after_rope)

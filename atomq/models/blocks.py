@@ -46,21 +46,18 @@ class BlockInputs:
                 so, and the channel.
         """
         with torch.inference_mode(), half_products(self.device):
-            for batch in self._batches():
-                output = block(batch.to(self.device), **self.arguments[block])
-                result = output[0] if isinstance(output, tuple) else output
+            for batch in self.batches():
+                result = self.output(block, batch)
                 if not bool(torch.isfinite(result).all()):
                     raise self._not_finite(block, batch, name)
                 batch.copy_(result)
                 if on_batch is not None:
                     on_batch(batch.shape[0])
 
-    def observe(self, block: nn.Module) -> None:
-        """Pass all windows through `block`, each as far as something inside raises `InputSeen`."""
-        with torch.inference_mode(), half_products(self.device):
-            for batch in self._batches():
-                with contextlib.suppress(InputSeen):
-                    block(batch.to(self.device), **self.arguments[block])
+    def observe(self, block: nn.Module, batch: torch.Tensor) -> None:
+        """Pass `batch` through `block` as far as something inside raises `InputSeen`."""
+        with torch.inference_mode(), half_products(self.device), contextlib.suppress(InputSeen):
+            self.output(block, batch)
 
     def _not_finite(self, block: nn.Module, batch: torch.Tensor, name: str) -> AtomqError:
         """Say where in `block` the first value that is not finite comes from, for a batch that has one."""
@@ -77,7 +74,7 @@ class BlockInputs:
             for inner, module in block.named_modules()
             if inner and next(module.children(), None) is None
         ]
-        block(batch.to(self.device), **self.arguments[block])
+        self.output(block, batch)
         for hook in hooks:
             hook.remove()
         place, channel = f"{name}.{found[0][0]}" if found else name, found[0][1] if found else 0
@@ -86,9 +83,20 @@ class BlockInputs:
             f"of its output; nothing can be calibrated on them: mend the model, or give another text"
         )
 
-    def _batches(self) -> tuple[torch.Tensor, ...]:
+    def output(self, block: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        """What `block` makes of `batch` [n, seq_len, hidden], on `device`."""
+        output = block(batch.to(self.device), **self.arguments[block])
+        hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return hidden
+
+    def batches(self) -> tuple[torch.Tensor, ...]:
         """Views of `hidden` of at most TOKENS_PER_BATCH tokens, at least one window each."""
         return torch.split(self.hidden, max(1, TOKENS_PER_BATCH // self.hidden.shape[1]))
+
+    def copy(self, scratch: Path | None) -> BlockInputs:
+        """A second stream that starts where this one is; see `capture_block_inputs` for `scratch`."""
+        hidden = _room(tuple(self.hidden.shape), self.hidden.dtype, self.device, scratch)
+        return BlockInputs(hidden.copy_(self.hidden), dict(self.arguments), self.device)
 
 
 class InputSeen(Exception):
@@ -215,10 +223,14 @@ def _room(
 
 
 def _to_device(value: Any, device: torch.device, moved: dict[int, Any]) -> Any:
-    """Nested arguments on `device`; what blocks share stays shared (`moved`, by identity)."""
+    """Nested arguments on `device`; what blocks share stays shared (`moved`, by identity).
+
+    They become tensors that gradients may be taken through, which those of inference mode are not.
+    """
     if id(value) not in moved:
         if isinstance(value, torch.Tensor):
-            moved[id(value)] = value.to(device)
+            there = value.to(device)
+            moved[id(value)] = there.clone() if there.is_inference() else there
         elif isinstance(value, tuple):
             moved[id(value)] = tuple(_to_device(item, device, moved) for item in value)
         elif isinstance(value, dict):

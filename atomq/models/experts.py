@@ -138,7 +138,8 @@ def _count_tokens(block: nn.Module, experts: Experts, inputs: BlockInputs) -> li
         raise InputSeen
 
     hook = experts.register_forward_pre_hook(count)
-    inputs.observe(block)
+    for batch in inputs.batches():
+        inputs.observe(block, batch)
     hook.remove()
     distributed.add_up(counts)
     result: list[int] = counts.tolist()

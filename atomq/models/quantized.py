@@ -18,6 +18,7 @@ from atomq.models.blocks import block_groups
 from atomq.models.families import ModelFamily
 from atomq.numerics.kv import fake_quantize_heads
 from atomq.numerics.linear import InputOrder, QuantizedLinear, TensorSpec
+from atomq.numerics.scales import straight_through
 
 
 def install_linears(block: nn.Module, family: ModelFamily, scheme: QuantScheme) -> dict[str, QuantizedLinear]:
@@ -85,24 +86,56 @@ def restore_block(
     block.requires_grad_(False)
 
 
+# Gives heads [..., n_heads, head_dim] back as the cache would, with an offset [n_heads, head_dim] or without.
+QuantizeHeads = Callable[[torch.Tensor, KVScheme, torch.Tensor | None], torch.Tensor]
+
+
 class KVQuantizer:
-    """A forward hook that gives K or V back as the quantized cache would.
+    """Forward hooks that give K or V back as the quantized cache would.
 
     Attributes:
-        first_head: the heads before it are none of the cache's, and stay.
-        quantize: what computes heads [..., head_dim]; torch's unless kernels take its place.
+        quantize: what computes heads; torch's unless kernels take its place.
     """
 
-    def __init__(self, scheme: KVScheme, head_dim: int, first_head: int = 0) -> None:
-        self.scheme, self.head_dim, self.first_head = scheme, head_dim, first_head
-        self.quantize: Callable[[torch.Tensor, KVScheme], torch.Tensor] = fake_quantize_heads
+    def __init__(self, scheme: KVScheme, head_dim: int, attention: nn.Module) -> None:
+        """`attention` has the buffer `key_offset` if the scheme does."""
+        self.scheme, self.head_dim, self.attention = scheme, head_dim, attention
+        self.quantize: QuantizeHeads = fake_quantize_heads
 
-    def __call__(self, _module: nn.Module, _inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        heads = output.reshape(*output.shape[:-1], output.shape[-1] // self.head_dim, self.head_dim)
-        if self.first_head:
-            cached = self.quantize(heads[..., self.first_head :, :], self.scheme)
-            return torch.cat((heads[..., : self.first_head, :], cached), dim=-2).reshape(output.shape)
-        return self.quantize(heads, self.scheme).reshape(output.shape)
+    def on_key(self, _module: nn.Module, _inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        """K of the module that makes it, or of the k norm, before RoPE."""
+        heads = output.reshape(*output.shape[:-1], -1, self.head_dim) if output.ndim < 4 else output
+        return self.quantize(heads, self.scheme, self.key_offset()).reshape(output.shape)
+
+    def on_value(self, _module: nn.Module, _inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        """V of the module that makes it."""
+        heads = output.reshape(*output.shape[:-1], -1, self.head_dim)
+        return self.quantize(heads, self.scheme, None).reshape(output.shape)
+
+    def on_fused(self, _module: nn.Module, _inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        """K before RoPE (unless it is coded after) and V of the module that makes Q, K and V."""
+        n_queries, n_keys = head_counts(self.attention)
+        heads = output.reshape(*output.shape[:-1], -1, self.head_dim)
+        n_before_values = n_queries + n_keys
+        queries, keys = heads[..., :n_queries, :], heads[..., n_queries:n_before_values, :]
+        if self.scheme.key_position == "before_rope":
+            keys = self.quantize(keys, self.scheme, self.key_offset())
+        values = self.quantize(heads[..., n_before_values:, :], self.scheme, None)
+        return torch.cat((queries, keys, values), dim=-2).reshape(output.shape)
+
+    def key_offset(self) -> torch.Tensor | None:
+        """[n_heads, head_dim], if the scheme has one."""
+        stored = self.attention._buffers.get("key_offset")
+        return None if stored is None else stored.view(-1, self.head_dim)
+
+
+def straight_through_heads(
+    x: torch.Tensor, scheme: KVScheme, offset: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`fake_quantize_heads` with the gradient of the identity."""
+    with torch.no_grad():
+        quantized = fake_quantize_heads(x, scheme, offset)
+    return straight_through(x, quantized)
 
 
 def install_kv_quantizer(block: nn.Module, family: ModelFamily, kv: KVScheme, head_dim: int) -> None:
@@ -110,21 +143,35 @@ def install_kv_quantizer(block: nn.Module, family: ModelFamily, kv: KVScheme, he
 
     V, and K before RoPE, are quantized by hooks on the modules that make them. K after RoPE needs the model's
     attention to be the one that `models.attention` names. The block's attention keeps the quantizer as
-    `atomq_kv`.
+    `atomq_kv`, and gets the buffer `key_offset`, of zeros, if the scheme has it.
     """
     if kv.n_bits == FLOAT_BITS:
         return
-    attention: Any = block.get_submodule(family.key.rpartition(".")[0])
-    first_head = 0
+    attention: Any = block.get_submodule(attention_name(family))
+    if kv.key_offset:
+        device = next(block.parameters()).device
+        zeros = torch.zeros(head_counts(attention)[1] * head_dim, device=device)
+        attention.register_buffer("key_offset", zeros)
+    quantizer = KVQuantizer(kv, head_dim, attention)
     if family.key == family.value:
-        config = attention.config
-        first_head = config.num_attention_heads  # of Q; then those of K, then those of V
-        first_head += config.num_key_value_heads if kv.key_position == "after_rope" else 0
-    quantizer = KVQuantizer(kv, head_dim, first_head)
-    block.get_submodule(family.value).register_forward_hook(quantizer)
-    if kv.key_position == "before_rope" and family.key != family.value:
-        block.get_submodule(family.key).register_forward_hook(quantizer)
+        block.get_submodule(family.value).register_forward_hook(quantizer.on_fused)
+    else:
+        block.get_submodule(family.value).register_forward_hook(quantizer.on_value)
+        if kv.key_position == "before_rope":
+            block.get_submodule(family.key).register_forward_hook(quantizer.on_key)
     attention.atomq_kv = quantizer
+
+
+def attention_name(family: ModelFamily) -> str:
+    """The attention module of a block, relative to it."""
+    return family.key.rpartition(".")[0]
+
+
+def head_counts(attention: Any) -> tuple[int, int]:
+    """Heads of Q, and of K and V, of a block's attention."""
+    config = attention.config
+    n_queries = int(config.num_attention_heads)
+    return n_queries, int(getattr(config, "num_key_value_heads", None) or n_queries)
 
 
 def head_dim_of(config: Any) -> int:

@@ -51,9 +51,19 @@ def dequantize_heads(heads: QuantizedHeads, scheme: KVScheme) -> torch.Tensor:
     return transform_blocks(values) if scheme.rotation == "hadamard" else values
 
 
-def fake_quantize_heads(x: torch.Tensor, scheme: KVScheme) -> torch.Tensor:
-    """`x` [..., head_dim] as the cache would give it back, in `x`'s dtype."""
-    return dequantize_heads(quantize_heads(x, scheme), scheme).to(x.dtype)
+def fake_quantize_heads(
+    x: torch.Tensor, scheme: KVScheme, offset: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`x` [..., head_dim] as the cache would give it back, in `x`'s dtype.
+
+    `offset` [n_heads, head_dim] is taken off `x` [..., n_heads, head_dim] before it is coded and added back.
+    """
+    if offset is None:
+        return dequantize_heads(quantize_heads(x, scheme), scheme).to(x.dtype)
+    dtype = compute_dtype(x.dtype)
+    offset = offset.to(dtype)
+    centred = x.to(dtype) - offset
+    return (dequantize_heads(quantize_heads(centred, scheme), scheme) + offset).to(x.dtype)
 
 
 def _round_f16(x: torch.Tensor) -> torch.Tensor:

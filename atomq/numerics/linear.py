@@ -21,7 +21,7 @@ from atomq.numerics.groups import n_groups
 from atomq.numerics.hadamard import transform_groups
 from atomq.numerics.outliers import OUTLIER_DTYPES, Outliers
 from atomq.numerics.packing import pack_codes, packed_width, unpack_codes
-from atomq.numerics.scales import stored_dtype
+from atomq.numerics.scales import stored_dtype, straight_through
 from atomq.numerics.weights import QuantizedWeight, weight_grid
 
 _SAME_SIZE_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -95,6 +95,8 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
         self.observer: Callable[[torch.Tensor], None] | None = None
+        # Gives the dense weight while it is being learned; quantized inputs then let gradients through.
+        self.learned_weight: Callable[[], torch.Tensor] | None = None
         # A tuple hides the owner from nn.Module's registry: its `perm` must appear once in the state dict.
         self._owner = () if order is None or order.owner is None else (order.owner,)
         self.is_gathered = order is not None and order.gathered
@@ -194,20 +196,33 @@ class QuantizedLinear(nn.Module):
         x = x.to(compute_dtype(x.dtype))
         return transform_input(x, self.scheme) if self.scheme.transform == "hadamard" else x
 
+    def order_channels(self, x: torch.Tensor) -> torch.Tensor:
+        """What `order_input` makes of an input [..., in_features] of the float model, whoever reorders it."""
+        if self.scheme.outliers.reorder:
+            x = x.index_select(-1, self.input_order())
+        x = x.to(compute_dtype(x.dtype))
+        return transform_input(x, self.scheme) if self.scheme.transform == "hadamard" else x
+
     def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
         """What the multiplication sees of an input [..., in_features]: ordered and fake-quantized."""
         ordered, scheme = self.order_input(x), self.scheme
         if scheme.activations.n_bits == FLOAT_BITS:
             return ordered
         n_outliers = scheme.outliers.n_outliers
-        return fake_quantize_activations(ordered, scheme.activations, n_outliers, scheme.outliers.precision)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.learned_weight is None):
+            quantized = fake_quantize_activations(
+                ordered, scheme.activations, n_outliers, scheme.outliers.precision
+            )
+        return quantized if self.learned_weight is None else straight_through(ordered, quantized)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         quantized = self.quantize_input(x)
         if self.observer is not None:
             self.observer(quantized)
         bias = None if self.bias is None else self.bias.to(quantized.dtype)
-        return F.linear(quantized, self.dense_weight(quantized.dtype), bias).to(x.dtype)
+        learned = self.learned_weight
+        weight = self.dense_weight(quantized.dtype) if learned is None else learned()
+        return F.linear(quantized, weight, bias).to(x.dtype)
 
     def extra_repr(self) -> str:
         weights, activations = self.scheme.weights.n_bits, self.scheme.activations.n_bits

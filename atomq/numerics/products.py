@@ -45,6 +45,17 @@ def add_split_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
         total.add_(cross, alpha=2.0).add_(cross.T, alpha=2.0)
 
 
+def add_cross_gram(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add 2 L^T R to `total` [K, K] float32, in place, for `left` and `right` [n, K] float32.
+
+    On CUDA by one product of bfloat16: for a correction, which need not be as exact as a Hessian.
+    """
+    if left.is_cuda:
+        total.add_(_product(left.bfloat16().T, right.bfloat16()), alpha=2.0)
+    else:
+        total.addmm_(left.T, right, alpha=2.0)
+
+
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """bfloat16 operands multiplied and added up in float32."""
     if left.is_cuda:

@@ -33,13 +33,13 @@ def divide(x: torch.Tensor, divisor: float) -> torch.Tensor:
     return x / torch.tensor(divisor, dtype=x.dtype, device=x.device)
 
 
-def symmetric_scales(largest: torch.Tensor, clip_ratio: float, divisor: float) -> torch.Tensor:
+def symmetric_scales(largest: torch.Tensor, clip_ratio: float | torch.Tensor, divisor: float) -> torch.Tensor:
     """``largest * clip_ratio / divisor`` with zero groups at 1. `largest` holds magnitudes, any shape."""
     return replace_zero_scales(divide(largest * clip_ratio, divisor))
 
 
 def asymmetric_scales(
-    lowest: torch.Tensor, highest: torch.Tensor, clip_ratio: float, n_bits: int
+    lowest: torch.Tensor, highest: torch.Tensor, clip_ratio: float | torch.Tensor, n_bits: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales and integer zero points of groups that span [lowest, highest]; zero is made part of the span.
 
@@ -86,3 +86,8 @@ def progressive_factors(scales: torch.Tensor, base: torch.Tensor) -> torch.Tenso
     The scale that a reader uses is ``base * factor`` in float32.
     """
     return (scales / base.unsqueeze(-1)).ceil().clamp_(1, MAX_FACTOR)
+
+
+def straight_through(x: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
+    """`quantized` with the gradient of `x`: rounding counts as the identity (arXiv 1308.3432)."""
+    return x + (quantized - x).detach()

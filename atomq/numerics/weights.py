@@ -55,6 +55,30 @@ class QuantizedWeight:
             normal = normal * per_code(self.scales)
         return normal if self.outliers is None else torch.cat((normal, self.outliers.decode(dtype)), dim=1)
 
+    def split(self, n_rows: list[int], scheme: WeightScheme) -> list[QuantizedWeight]:
+        """The parts that `n_rows` rows each make; all but the last hold whole channel groups."""
+        n_scales = [-(-n // scheme.channel_group) for n in n_rows]
+        parts = []
+        row = scale = 0
+        for n, n_groups_of_rows in zip(n_rows, n_scales, strict=True):
+            rows, groups = slice(row, row + n), slice(scale, scale + n_groups_of_rows)
+            row, scale = row + n, scale + n_groups_of_rows
+            outliers = self.outliers
+            if outliers is not None:
+                own_scales = None if outliers.scales is None else outliers.scales[rows]
+                outliers = Outliers(outliers.values[rows], own_scales)
+            parts.append(
+                QuantizedWeight(
+                    self.codes[rows],
+                    self.scales[groups],
+                    None if self.zeros is None else self.zeros[groups],
+                    outliers,
+                    None if self.base is None else self.base[rows],
+                    None if self.factors is None else self.factors[rows],
+                )
+            )
+        return parts
+
 
 def weight_grid(scheme: WeightScheme) -> CodeGrid:
     return CodeGrid.of(scheme.number_format, scheme.n_bits, scheme.symmetric)
@@ -77,13 +101,14 @@ class GroupScales:
 def find_group_scales(
     columns: torch.Tensor,
     scheme: WeightScheme,
-    clip_ratio: float,
+    clip_ratio: float | torch.Tensor,
     span: str,
     base: torch.Tensor | None = None,
 ) -> GroupScales:
     """Scales of one group of columns [N, width]: [ceil(N / channel_group)], rounded as they are stored.
 
     Args:
+        clip_ratio: one for all, or [..., 1] to be tried side by side; the results are [..., ceil(N / ..)].
         base: [N] the rows' base scales if the scheme is progressive (`find_base_scales`), else None.
     """
     low, high = row_ranges(columns, scheme.channel_group)
@@ -101,6 +126,7 @@ def find_group_scales(
 
 CLIP_STEPS = 21
 CLIP_LOWEST = 0.5
+_ELEMENTS_AT_ONCE = 2**26  # of all clip ratios together: 256 MiB in float32
 
 
 def search_group_scales(
@@ -120,35 +146,33 @@ def search_group_scales(
         column_cost: [width] what a squared error in each column costs.
     """
     n_rows, grid = columns.shape[0], weight_grid(scheme)
-    best: GroupScales | None = None
-    least = torch.empty(0)
-    for step in range(CLIP_STEPS):
-        ratio = clip_ratio * (1 - (1 - CLIP_LOWEST) * step / (CLIP_STEPS - 1))
-        candidate = find_group_scales(columns, scheme, ratio, span, base)
-        scales = spread_rows(candidate.scales, n_rows, scheme.channel_group).unsqueeze(-1)
-        zeros = candidate.zeros
-        if zeros is not None:
-            zeros = spread_rows(zeros, n_rows, scheme.channel_group).unsqueeze(-1)
-        values = grid.values(grid.round(columns / scales, zeros), zeros) * scales
-        row_cost = ((columns - values).square() * column_cost).sum(1)
-        padding = -n_rows % scheme.channel_group
-        cost = torch.nn.functional.pad(row_cost, (0, padding)).view(-1, scheme.channel_group).sum(1)
-        if best is None:
-            best, least = candidate, cost
-            continue
-        better = cost < least
-        least = torch.where(better, cost, least)
-        best = GroupScales(
-            torch.where(better, candidate.scales, best.scales),
-            _choose(better, candidate.zeros, best.zeros),
-            _choose(better, candidate.factors, best.factors),
-        )
-    assert best is not None
-    return best
+    steps = torch.arange(CLIP_STEPS, dtype=torch.float64)
+    ratios = clip_ratio * (1 - (1 - CLIP_LOWEST) * steps / (CLIP_STEPS - 1))
+    tried = find_group_scales(columns, scheme, ratios.unsqueeze(1).to(columns), span, base)
+    rows_at_once = max(1, _ELEMENTS_AT_ONCE // (CLIP_STEPS * columns.shape[1]))
+    row_cost = columns.new_empty(CLIP_STEPS, n_rows)
+    scales = spread_rows(tried.scales.T, n_rows, scheme.channel_group).T  # (steps, N)
+    zeros = None if tried.zeros is None else spread_rows(tried.zeros.T, n_rows, scheme.channel_group).T
+    for first in range(0, n_rows, rows_at_once):
+        part = slice(first, first + rows_at_once)
+        scale = scales[:, part, None]
+        zero = None if zeros is None else zeros[:, part, None]
+        values = grid.values(grid.round(columns[part] / scale, zero), zero) * scale
+        row_cost[:, part] = ((columns[part] - values).square() * column_cost).sum(-1)
+    padding = -n_rows % scheme.channel_group
+    padded = torch.nn.functional.pad(row_cost, (0, padding))
+    cost = padded.view(CLIP_STEPS, -1, scheme.channel_group).sum(-1)
+    # The first of equal ones, on every device: as many steps as there are before it.
+    best = (cost > cost.amin(0)).long().cumprod(0).sum(0, keepdim=True)
 
+    def chosen(tried: torch.Tensor) -> torch.Tensor:
+        return tried.gather(0, best)[0]
 
-def _choose(better: torch.Tensor, new: torch.Tensor | None, old: torch.Tensor | None) -> torch.Tensor | None:
-    return None if new is None or old is None else torch.where(better, new, old)
+    return GroupScales(
+        chosen(tried.scales),
+        None if tried.zeros is None else chosen(tried.zeros),
+        None if tried.factors is None else chosen(tried.factors),
+    )
 
 
 def find_base_scales(

@@ -88,12 +88,15 @@ def _rotary_table(module: nn.Module, max_positions: int, device: torch.device) -
 def _block(name: str, layer: Any, rotary: torch.Tensor, dtype: torch.dtype) -> Block:
     attention, mlp = layer.self_attn, layer.mlp
     query_norm, key_norm = (getattr(attention, n, None) for n in ("q_norm", "k_norm"))
+    quantizer = getattr(attention, "atomq_kv", None)
+    offset = None if quantizer is None else quantizer.key_offset()
     heads = HeadParameters.of(
         rotary,
         attention.scaling,
         None if query_norm is None else query_norm.weight.detach().float(),
         None if key_norm is None else key_norm.weight.detach().float(),
         0.0 if key_norm is None else key_norm.variance_epsilon,
+        None if offset is None else offset.float(),
     )
     first, second = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
 

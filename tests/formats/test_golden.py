@@ -136,7 +136,9 @@ def read_back(tmp_path) -> Attention:
     """The two linears from the golden bytes, not from the writer's."""
     (tmp_path / SHARD).write_bytes(golden_shard())
     mapping = {f"model.layers.0.self_attn.{name}": SHARD for name in DATA}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": mapping}))
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": mapping})
+    )
     tensors = dict(read_tensors(tmp_path, set(mapping)))
     attention = empty_linears(nn.Parameter(tensors.pop(f"{Q}.bias")))
     for name, tensor in tensors.items():
@@ -184,7 +186,13 @@ def test_index_config_and_manifest_have_their_golden_text(tmp_path):
                 "scale_mode": "exact",
             },
             "outliers": {"n_outliers": 2, "precision": "int8", "metric": "hessian", "reorder": True},
-            "kv": {"n_bits": 16, "clip_ratio": 1.0, "key_position": "before_rope", "rotation": "none"},
+            "kv": {
+                "n_bits": 16,
+                "clip_ratio": 1.0,
+                "key_position": "before_rope",
+                "rotation": "none",
+                "key_offset": False,
+            },
             "transform": "none",
         },
         "family": {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from atomq.method.hessian import HessianAccumulator, output_error
+from atomq.method.hessian import HessianAccumulator, asymmetric_target, output_error
 
 CPU = torch.device("cpu")
 
@@ -72,3 +72,28 @@ def test_output_error_is_the_squared_error_of_the_outputs():
     hessian = loop(x).float()
     expected = 2 * (x @ difference.T).square().sum()
     assert output_error(difference, hessian) == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_the_asymmetric_target_gives_the_float_models_output_as_well_as_a_weight_can(strength):
+    """With all of it the target is the least-squares weight for W x~; a share lies on the way there."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(40, 6, generator=generator, dtype=torch.float64)
+    x_float = x + 0.3 * torch.randn(40, 6, generator=generator, dtype=torch.float64)
+    weight = torch.randn(3, 6, generator=generator, dtype=torch.float64)
+    hessian = 2 / 40 * x.T @ x
+    shift = 2 / 40 * (x_float - x).T @ x
+    best = torch.linalg.lstsq(x, x_float @ weight.T).solution.T
+    found = asymmetric_target(weight, hessian, shift, strength)
+    torch.testing.assert_close(found, weight + strength * (best - weight))
+
+
+def test_the_shift_is_the_mean_over_all_tokens_of_all_calls():
+    accumulator = HessianAccumulator(6, CPU, holdout=False, asymmetric=True)
+    pairs = [(make_tokens(2, 5), make_tokens(5, 2).reshape(2, 5, 6)), (make_tokens(4), make_tokens(1, 4)[0])]
+    expected = torch.zeros(6, 6, dtype=torch.float64)
+    for x, x_float in pairs:
+        accumulator.add(x, x_float)
+        for a, b in zip(x.reshape(-1, 6).double(), x_float.reshape(-1, 6).double(), strict=True):
+            expected += 2 * torch.outer(b - a, a)
+    torch.testing.assert_close(accumulator.shift.double(), expected / 14, rtol=1e-5, atol=1e-6)

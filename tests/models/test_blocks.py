@@ -70,7 +70,7 @@ def test_observing_leaves_the_inputs_alone_and_ends_where_an_observer_has_seen_e
         block.mlp.gate_proj.register_forward_pre_hook(stop),
         block.mlp.up_proj.register_forward_pre_hook(never),
     ]
-    inputs.observe(block)
+    inputs.observe(block, inputs.hidden)
     for hook in hooks:
         hook.remove()
     assert sum(seen) == len(before)

@@ -238,3 +238,32 @@ def test_a_group_that_is_flagged_so_is_not_transformed():
         "self_attn.k_proj",
         "self_attn.v_proj",
     }
+
+
+@pytest.mark.parametrize("family_name", ["llama", "qwen3", "phi3"])
+def test_the_key_offset_is_taken_off_k_before_it_is_coded_and_added_back(family_name):
+    model = make_tiny_model(family_name)
+    family, block = find_family(family_name), model.model.layers[0]
+    head_dim, kv = head_dim_of(model.config), KVScheme(n_bits=4, rotation="hadamard", key_offset=True)
+    plain = copy.deepcopy(block)
+    install_kv_quantizer(block, family, kv, head_dim)
+    n_keys = model.config.num_key_value_heads
+    offset = torch.randn(n_keys * head_dim, generator=torch.Generator().manual_seed(0))
+    block.self_attn.register_buffer("key_offset", offset)
+    hidden = torch.randn(1, N_TOKENS, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    for inner in dict.fromkeys((family.key, family.value)):
+        seen = hidden
+        if inner.endswith("k_norm"):
+            seen = plain.self_attn.k_proj(hidden).unflatten(-1, (-1, head_dim))
+        before, after = plain.get_submodule(inner)(seen), block.get_submodule(inner)(seen)
+        heads = before.reshape(1, N_TOKENS, -1, head_dim)
+        expected = heads.clone()
+        first = model.config.num_attention_heads if family.key == family.value else 0
+        if inner == family.key:
+            keys = heads[:, :, first : first + n_keys] - offset.view(-1, head_dim)
+            back = fake_quantize_heads(keys, kv) + offset.view(-1, head_dim)
+            expected[:, :, first : first + n_keys] = back
+        if inner == family.value:
+            start = first + n_keys if first else 0
+            expected[:, :, start:] = fake_quantize_heads(heads[:, :, start:], kv)
+        assert torch.equal(after.reshape(expected.shape), expected), inner

@@ -156,3 +156,30 @@ def test_the_clip_search_equals_a_loop_over_ratios(scheme):
             if total < best[0] * (1 - 1e-12):
                 best = (total, float(scales[0]))
         assert float(found.scales[index]) == best[1], (index, best)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_parts_of_a_weight_are_what_its_rows_are_worth(name):
+    scheme = SCHEMES[name]
+    weight, (n_first, n_last) = make_weight(), (6, N_ROWS - 6)
+    base = find_base_scales(weight, scheme, 1.0, "full")
+    groups = [find_group_scales(weight[:, s : s + 16], scheme, 1.0, "full", base) for s in (0, 16)]
+    if scheme.group_size != 16:
+        groups = [find_group_scales(weight, scheme, 1.0, "full", base)] * (
+            1 if scheme.group_size is None else -(-N_NORMAL // scheme.group_size)
+        )
+
+    def stacked(parts):
+        return None if parts[0] is None else torch.stack(parts, dim=1)
+
+    whole = QuantizedWeight(
+        torch.arange(N_ROWS * N_NORMAL, dtype=torch.int16).reshape(N_ROWS, N_NORMAL) % 4,
+        stacked([g.scales for g in groups]),
+        stacked([g.zeros for g in groups]),
+        encode_outliers(torch.randn(N_ROWS, N_OUTLIERS), "int8", stored=True),
+        base,
+        stacked([g.factors for g in groups]),
+    )
+    values = whole.dequantize(scheme, torch.float32)
+    parts = [part.dequantize(scheme, torch.float32) for part in whole.split([n_first, n_last], scheme)]
+    assert torch.equal(torch.cat(parts), values)
