@@ -14,6 +14,7 @@ import typer
 
 from atomq import __version__
 from atomq.commands import (
+    ablate,
     bench_e2e,
     bench_gemm,
     calibrate,
@@ -78,6 +79,7 @@ _register("inspect", inspect.command, inspect.HELP)
 _register("export", export.command, export.HELP)
 _register("report", report.command, report.HELP)
 _register("compare", compare.command, compare.HELP)
+_register("ablate", ablate.command, ablate.HELP)
 _register("doctor", doctor.command, doctor.HELP)
 _register("bench-gemm", bench_gemm.command, bench_gemm.HELP)
 _register("bench-e2e", bench_e2e.command, bench_e2e.HELP)

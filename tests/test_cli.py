@@ -40,6 +40,7 @@ COMMANDS = (
     "export",
     "report",
     "compare",
+    "ablate",
     "doctor",
 )
 KERNEL_COMMANDS = {"verify", "bench-gemm", "bench-e2e"}

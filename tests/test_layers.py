@@ -49,6 +49,8 @@ BELOW_COMMANDS = {
     "runtime",
     "opening",
     "api",
+    "ladder",
+    "ablation",
 }
 # Part -> what it may import besides its own modules and EVERYWHERE. A dotted name allows that module only.
 LAW = {
@@ -72,6 +74,8 @@ LAW = {
     "report": {"formats", "numerics"},
     "memory": set(),
     "estimate": {"assist", "block_loop", "formats", "memory", "models"},
+    "ladder": set(),
+    "ablation": {"assist", "block_loop", "eval", "facts", "formats", "hf", "ladder", "models", "pipeline"},
     "facts": {"memory", "block_loop", "eval", "models", "numerics"},
     "assist": {"block_loop", "block_quantizer", "models", "eval", "numerics"},
     "pipeline": {
@@ -123,14 +127,14 @@ LIBRARIES = {
     )
     | {"checkpoints": ALWAYS, "block_quantizer": ALWAYS, "export": ALWAYS, "integrations": ALWAYS}
     | {"report.facts": ALWAYS, "distributed": ALWAYS, "assist": ALWAYS}
-    | {"environment": LAZILY, "runtime": ALWAYS}
+    | {"environment": LAZILY, "runtime": ALWAYS, "ablation": ALWAYS}
     | {"api": ALWAYS}
     | {"commands": LAZILY},
     "numpy": dict.fromkeys(("kernels", "models", "eval"), ALWAYS),
     "transformers": dict.fromkeys(
         ("models", "hf", "checkpoints", "pipeline", "assist", "block_loop", "facts", "estimate"), ALWAYS
     )
-    | {"opening": ALWAYS, "api": ALWAYS}
+    | {"opening": ALWAYS, "api": ALWAYS, "ablation": ALWAYS}
     | {"commands": LAZILY, "eval": TYPES, "runtime": TYPES},
     "huggingface_hub": {"models": ALWAYS},
     "tokenizers": {"models": ALWAYS},
@@ -138,7 +142,12 @@ LIBRARIES = {
     "safetensors": {"formats": ALWAYS, "models.weights": ALWAYS, "facts": ALWAYS},
     "typer": {"cli": ALWAYS, "commands": ALWAYS},
     "rich": {"cli": ALWAYS, "commands": ALWAYS},
-    "matplotlib": {"formats.channel_plot": ALWAYS, "formats.gemm_plot": ALWAYS, "formats.e2e_plot": ALWAYS},
+    "matplotlib": {
+        "formats.ablation_plot": ALWAYS,
+        "formats.channel_plot": ALWAYS,
+        "formats.e2e_plot": ALWAYS,
+        "formats.gemm_plot": ALWAYS,
+    },
     "datasets": {"eval.corpora": LAZILY},
     "lm_eval": {"eval.tasks": LAZILY},
     "vllm": {"integrations.vllm_method": ALWAYS},
