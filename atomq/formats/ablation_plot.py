@@ -21,6 +21,8 @@ def draw_ladder(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     axis.bar_label(bars, [f"{value:.2f}" for value in values], padding=3, fontsize=7)
     axis.set_xscale("log")
     axis.set_xlim(lowest / span**0.05 / 1.01, max(values) * span**0.12 * 1.05)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("")
     axis.invert_yaxis()  # the first step on top
     axis.set_xlabel("perplexity", fontsize=8)
     axis.tick_params(labelsize=7)
