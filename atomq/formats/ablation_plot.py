@@ -24,7 +24,7 @@ def draw_ladder(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter("")
     axis.invert_yaxis()  # the first step on top
-    axis.set_xlabel("perplexity", fontsize=8)
+    axis.set_xlabel("perplexity, on a logarithmic scale", fontsize=8)
     axis.tick_params(labelsize=7)
     axis.grid(axis="x", alpha=0.3)
     figure.suptitle(title, fontsize=10)
