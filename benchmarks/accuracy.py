@@ -26,16 +26,14 @@ from atomq.commands import console
 from atomq.config import CalibrationConfig
 from atomq.eval.perplexity import evaluate_perplexity
 from atomq.eval.windows import evaluation_windows
+from atomq.ladder import choose_rungs
 from atomq.models.loading import load_float_model, load_tokenizer
 from atomq.models.source import resolve_source
-from atomq.presets import build_recipe
+from atomq.presets import PRESETS, build_recipe, changed_settings
 
 KV16 = "kv.n_bits=16"
-ROUGH = ["outliers.n_outliers=0", "outliers.reorder=false", "solver.method=rtn", "solver.clip_ratio=1"]
-ROUGH += ["solver.scale_span=full", "activations.clip_ratio=1", KV16]
-ONE_SCALE = ["weights.group_size=none", "activations.group_size=none", "weights.channel_group=1"]
-NO_LEVERS = ["transform=none", "solver.descent_sweeps=0", "solver.asymmetry=0"]
-# Name -> preset and settings: the presets, and the ladder of the paper, each step on top of the one before.
+PAPER = ("rtn", "outliers-fp16", "outliers-int8", "groups", "clipping")
+# Name -> preset and settings: the presets, and the paper's steps to `atom` (`atomq ablate` has all rungs).
 RECIPES: dict[str, tuple[str, list[str]]] = {
     "atomq --refine": ("atomq", ["solver.refine_steps=200"]),
     "atomq": ("atomq", []),
@@ -52,14 +50,13 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
     "atom W3A3 KV16": ("atom", ["weights.n_bits=3", "activations.n_bits=3", KV16]),
     "w4a16": ("w4a16", []),
     "w8a8": ("w8a8", []),
-    "ladder 1: rounded, a scale per row and token": ("atom", [*ROUGH, *ONE_SCALE]),
-    "ladder 2: + 128 outliers in FP16": (
-        "atom",
-        [*ROUGH[2:], *ONE_SCALE, "outliers.precision=fp16"],
-    ),
-    "ladder 3: outliers in INT8": ("atom", [*ROUGH[2:], *ONE_SCALE]),
-    "ladder 4: + groups of 128": ("atom", ROUGH[2:]),
-    "ladder 5: + clipping": ("atom", ["solver.method=rtn", KV16]),
+    **{
+        f"ladder: {rung.text}": (
+            "atom",
+            [f"{name}={value}" for name, value in changed_settings(PRESETS["atom"], rung.recipe).items()],
+        )
+        for rung in choose_rungs(PAPER, refine=False)
+    },
 }
 
 
