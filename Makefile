@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 PIP_ARGS ?=
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
-.PHONY: setup demo test fuzz test-gpu test-peers lint type wheel check clean docs
+.PHONY: setup demo test fuzz test-gpu test-peers sanitize lint type wheel check clean docs
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
@@ -52,6 +52,10 @@ $(VENV)/installed-peers: $(VENV)/installed-dev
 
 test-peers: $(VENV)/installed-peers
 	$(BIN)/python -m pytest tests/export tests/eval/test_tasks.py
+
+# Every kernel on small shapes under NVIDIA's compute-sanitizer (of the CUDA toolkit): memcheck and racecheck.
+sanitize:
+	$(PYTHON) -m benchmarks.sanitize
 
 lint: setup
 	$(BIN)/ruff format --check .

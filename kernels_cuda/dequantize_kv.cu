@@ -19,6 +19,8 @@
 
 #include "head_lanes.cuh"
 
+static_assert(THREADS % 32 == 0, "whole warps");
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 dequantize_kv(const unsigned char* __restrict__ codes, const __half2* __restrict__ ranges,
               ELEMENT* __restrict__ output, int n_heads) {

@@ -7,6 +7,14 @@ __device__ __forceinline__ void copy_async(void *destination, const void *source
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(source) : "memory");
 }
 
+// The same, or zeros.
+__device__ __forceinline__ void copy_async_if(bool condition, void *destination, const void *source) {
+    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(destination));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(source),
+                 "r"(condition ? 16 : 0)
+                 : "memory");
+}
+
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int PENDING>

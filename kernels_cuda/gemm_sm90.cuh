@@ -106,6 +106,12 @@ __device__ __forceinline__ void pin(int (&registers)[COUNT]) {
     for (int i = 0; i < COUNT; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
 
+template <int COUNT>
+__device__ __forceinline__ void pin(float (&registers)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(registers[i])::"memory");
+}
+
 // Keeps the compiler from moving loads across this point.
 __device__ __forceinline__ void keep_order() { asm volatile("" ::: "memory"); }
 
@@ -145,6 +151,40 @@ WGMMA(32, L16, "%16", "%17", "%18", "%19", "%20", "%21", D16(0));
 WGMMA(64, L32, "%32", "%33", "%34", "%35", "%36", "%37", D16(0), D16(16));
 WGMMA(128, L64, "%64", "%65", "%66", "%67", "%68", "%69", D16(0), D16(16), D16(32), D16(48));
 
+// D[64 x TOKENS] = A[64 x 16] * B[16 x TOKENS] (+ D) in float16 or BF16, float32 sums: A in registers, B in shared memory.
+template <int TOKENS, bool BF16>
+struct WgmmaFloat;
+
+#define F4(o) "+f"(d[o]), "+f"(d[o + 1]), "+f"(d[o + 2]), "+f"(d[o + 3])
+#define F16(o) F4(o), F4(o + 4), F4(o + 8), F4(o + 12)
+#define WGMMA_FLOAT(TOKENS, BF16, TYPE, LIST, A0, A1, A2, A3, DESC, PRED, ...)                                \
+    template <>                                                                                               \
+    struct WgmmaFloat<TOKENS, BF16> {                                                                         \
+        static __device__ __forceinline__ void run(float (&d)[TOKENS / 2], const unsigned *a, unsigned tile,  \
+                                                   int accumulate) {                                          \
+            asm volatile("{\n.reg .pred add;\n.reg .b64 descriptor;\nsetp.ne.b32 add, " PRED                  \
+                         ", 0;\n"                                                                             \
+                         "mov.b64 descriptor, {" DESC                                                         \
+                         ", 0x40000040};\n"                                                                   \
+                         "wgmma.mma_async.sync.aligned.m64n" #TOKENS "k16.f32." TYPE "." TYPE " {" LIST       \
+                         "}, {" A0 ", " A1 ", " A2 ", " A3 "}, descriptor, add, 1, 1, 0;\n}\n"                \
+                         : __VA_ARGS__                                                                        \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(tile), "r"(accumulate));           \
+        }                                                                                                     \
+    }
+#define WGMMA_FLOATS(TOKENS, ...)                        \
+    WGMMA_FLOAT(TOKENS, false, "f16", __VA_ARGS__); \
+    WGMMA_FLOAT(TOKENS, true, "bf16", __VA_ARGS__)
+
+WGMMA_FLOATS(8, L4, "%4", "%5", "%6", "%7", "%8", "%9", F4(0));
+WGMMA_FLOATS(16, L8, "%8", "%9", "%10", "%11", "%12", "%13", F4(0), F4(4));
+WGMMA_FLOATS(32, L16, "%16", "%17", "%18", "%19", "%20", "%21", F16(0));
+WGMMA_FLOATS(64, L32, "%32", "%33", "%34", "%35", "%36", "%37", F16(0), F16(16));
+
+#undef WGMMA_FLOATS
+#undef WGMMA_FLOAT
+#undef F4
+#undef F16
 #undef WGMMA
 #undef D4
 #undef D16

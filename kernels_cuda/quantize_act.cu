@@ -29,17 +29,17 @@
 // quotient() in int_codes.cuh). The norms' sums and SiLU's exponential round in their own way.
 //
 // A warp makes eight slots of a token at a time, four lanes a slot; a lane holds two runs of 16 channels, run r of
-// lane l from channel 64 r + 16 l of the slot on. A CTA walks over tokens:
-//   - as they lie: a warp makes the same slots of each, the next token's loads on their way meanwhile;
-//   - STAGED, where channels are gathered or needed twice (norms, PROGRESSIVE): the row is copied to shared memory
-//     first, into one of N_BUFFERS, the next row meanwhile if there are two.
+// lane l from channel 64 r + 16 l of the slot on. As channels lie, a warp makes the same slots of one token after
+// the other, the next one's loads on their way meanwhile. STAGED, where channels are gathered or needed twice
+// (norms, PROGRESSIVE), a CTA copies one token's row to shared memory first.
 //
-//   launch: grid (any number up to Mp, parts of a row), block up to 32 * MAX_WARPS, whole warps. Not STAGED: parts
-//           such that each warp has one octet of slots; PROGRESSIVE: one part. Dynamic shared memory, STAGED only:
-//           N_BUFFERS * (n_channels rounded up to 8, + 8) * bytes of an ELEMENT (prologue 3: 4 bytes)
+//   launch: grid (tokens at a time, parts of a row), block up to 256, whole warps
+//     as channels lie  x from 1 to Mp; y such that each warp has one octet of slots
+//     STAGED           x = Mp; y any, PROGRESSIVE 1. Dynamic shared memory: (n_channels rounded up to 8, + 8) * bytes
+//                      of an ELEMENT (prologue 3: 4 bytes)
 
 #if !defined(ELEMENT) || !defined(PROLOGUE) || !defined(GATHER) || !defined(HADAMARD) || !defined(GROUP_SIZE) || \
-    !defined(PROGRESSIVE) || !defined(LOAD_WIDTH) || !defined(N_BUFFERS) || !defined(MAX_WARPS)
+    !defined(PROGRESSIVE) || !defined(LOAD_WIDTH)
 #error "quantize_act.cu lacks one of its parameters"
 #endif
 
@@ -47,6 +47,7 @@
 #include <cuda_fp16.h>
 
 #include "gemm_sm80.cuh"
+#include "grid_order.cuh"
 #include "hadamard.cuh"
 #include "int_codes.cuh"
 
@@ -61,12 +62,13 @@ constexpr int RUN_CHANNELS = SLOT_CHANNELS / LANES / RUNS;
 constexpr int SLOTS_PER_WARP = 32 / LANES;
 constexpr int GROUPS = SLOT_CHANNELS / GROUP_SIZE;  // of a slot: one of both runs, or one of each run
 constexpr int LOADS = RUN_CHANNELS / LOAD_WIDTH;    // of a run
+constexpr int MAX_WARPS = 8;
 constexpr bool HAS_NORM = PROLOGUE == RMS_NORM || PROLOGUE == LAYER_NORM;
 constexpr float SMALLEST_NORMAL = 1.17549435e-38f;
 
-// 24 warps share an SM at 80 registers a thread, 16 where what is loaded ahead is wider (and on sm_120, whose
-// compiler needs more).
-constexpr bool IS_WIDE = sizeof(ELEMENT) == 4 || PROLOGUE == SILU_MUL || __CUDA_ARCH__ >= 1000;
+// 24 warps share an SM at 80 registers a thread, 16 where a lane holds more (or the compiler needs more: sm_120).
+constexpr bool IS_WIDE =
+    sizeof(ELEMENT) == 4 || PROLOGUE == SILU_MUL || PROLOGUE == LAYER_NORM || __CUDA_ARCH__ >= 1000;
 constexpr int MIN_CTAS = (IS_WIDE ? 16 : 24) / MAX_WARPS;
 
 static_assert(GROUP_SIZE == 64 || GROUP_SIZE == 128, "groups of 64 or 128 channels");
@@ -90,7 +92,13 @@ struct Raw {
 #endif
 };
 
-struct Problem {
+// As the host passes them. first_outlier: of the slots in the order of the warps; two outlier slots begin at an even
+// one, so that they lie side by side in one warp and can share a scale. n_octets: eights of slots in that order.
+struct Sizes {
+    int n_tokens, padded_tokens, n_channels, n_normal, n_slots, n_outlier_slots, first_outlier, n_octets;
+};
+
+struct Problem : Sizes {
     const ELEMENT* input;
     const ELEMENT* up;
     const unsigned short* slots;
@@ -99,11 +107,7 @@ struct Problem {
     uint4* codes;
     float* token_scales;
     long long input_stride, up_stride;
-    int n_tokens, padded_tokens, n_channels, n_normal, n_slots, n_outlier_slots;
     float clip_ratio;
-
-    // Slots in the order of the warps. Two outlier slots lie side by side in one warp: they share a scale.
-    __device__ int first_outlier() const { return n_outlier_slots == 2 ? (n_slots + 1) / 2 * 2 : n_slots; }
 };
 
 struct Moments {
@@ -119,8 +123,8 @@ struct Place {
     __device__ Place(const Problem& p, int octet) {
         const int number = octet * SLOTS_PER_WARP + threadIdx.x % 32 / LANES;
         lane = threadIdx.x % LANES;
-        is_outlier = number >= p.first_outlier();
-        slot = is_outlier ? number - p.first_outlier() : number;
+        is_outlier = number >= p.first_outlier;
+        slot = is_outlier ? number - p.first_outlier : number;
         exists = slot < (is_outlier ? p.n_outlier_slots : p.n_slots);
         if (!exists) slot = 0, is_outlier = false;
     }
@@ -191,8 +195,9 @@ template <typename Function>
 __device__ __forceinline__ float mean_over_row(const Problem& p, const Staged* staged, Function function) {
     float sum = 0.0f;
     for (int channel = threadIdx.x * LOAD_WIDTH; channel < p.n_channels; channel += blockDim.x * LOAD_WIDTH) {
+        const auto loaded = *reinterpret_cast<const Vector<Staged, LOAD_WIDTH>*>(staged + channel);
 #pragma unroll
-        for (int i = 0; i < LOAD_WIDTH; ++i) sum += function(static_cast<float>(staged[channel + i]));
+        for (int i = 0; i < LOAD_WIDTH; ++i) sum += function(static_cast<float>(loaded.items[i]));
     }
     return sum_over_cta(sum) / p.n_channels;
 }
@@ -204,21 +209,31 @@ __device__ __forceinline__ Moments find_moments(const Problem& p, const Staged* 
     return {mean, ieee::reciprocal(sqrtf(square + epsilon))};
 }
 
+// A read that stays where it is written: ahead of the wait for the row.
+__device__ __forceinline__ Vector<unsigned, 4> read_now(const void* source) {
+    Vector<unsigned, 4> words;
+    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words.items[0]), "=r"(words.items[1]), "=r"(words.items[2]), "=r"(words.items[3])
+                 : "l"(source));
+    return words;
+}
+
 // Where the lane's channels lie in the row, GATHER only. Zeros' place where there is no channel.
 struct Sources {
-    Vector<unsigned, RUN_CHANNELS / 2> pairs[RUNS];
+    Vector<unsigned, 4> pairs[RUNS][RUN_CHANNELS / 8];
 
     __device__ Sources(const Problem& p, const Place& place) {
         if (!GATHER) return;
 #pragma unroll
         for (int run = 0; run < RUNS; ++run) {
-            const int position = place.slot_number(p) * SLOT_CHANNELS + place.offset(run);
-            pairs[run] = *reinterpret_cast<const Vector<unsigned, RUN_CHANNELS / 2>*>(p.slots + position);
+            const unsigned short* first = p.slots + place.slot_number(p) * SLOT_CHANNELS + place.offset(run);
+#pragma unroll
+            for (int i = 0; i < RUN_CHANNELS / 8; ++i) pairs[run][i] = read_now(first + 8 * i);
         }
     }
 
     __device__ unsigned channel(int run, int i) const {
-        const unsigned pair = pairs[run].items[i / 2];
+        const unsigned pair = pairs[run][i / 8].items[i % 8 / 2];
         return i % 2 ? pair >> 16 : pair & 0xffffu;
     }
 };
@@ -322,7 +337,8 @@ __device__ __forceinline__ void transform_groups(const Problem& p, const Place& 
 }
 
 // What comes between the channels' values and their codes: ReLU or a norm, and the transform.
-__device__ __forceinline__ void prepare(const Problem& p, const Place& place, const Moments& moments, Values& values) {
+__device__ __forceinline__ void prepare(const Problem& p, const Place& place, const Moments& moments,
+                                        Values& values) {
 #pragma unroll
     for (int run = 0; run < RUNS; ++run) {
         if (PROLOGUE == RELU) {
@@ -463,30 +479,15 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, MIN_CTAS)
 quantize_act(const ELEMENT* __restrict__ input, const ELEMENT* __restrict__ up,
              const unsigned short* __restrict__ slots, const float* __restrict__ norm_weight,
              const float* __restrict__ norm_bias, uint4* __restrict__ codes, float* __restrict__ token_scales,
-             int n_tokens, int n_channels, int n_outliers, int input_stride, int up_stride, float clip_ratio,
-             float epsilon) {
-    Problem p;
-    p.input = input;
-    p.up = up;
-    p.slots = slots;
-    p.norm_weight = norm_weight;
-    p.norm_bias = norm_bias;
-    p.codes = codes;
-    p.token_scales = token_scales;
-    p.input_stride = input_stride;
-    p.up_stride = up_stride;
-    p.n_tokens = n_tokens;
-    p.padded_tokens = (n_tokens + 7) / 8 * 8;
-    p.n_channels = n_channels;
-    p.n_normal = n_channels - n_outliers;
-    p.n_slots = (p.n_normal + SLOT_CHANNELS - 1) / SLOT_CHANNELS;
-    p.n_outlier_slots = (n_outliers + SLOT_CHANNELS - 1) / SLOT_CHANNELS;
-    p.clip_ratio = clip_ratio;
+             int input_stride, int up_stride, float clip_ratio, float epsilon, const Sizes sizes) {
+    const Problem p = {sizes, input,        up,           slots,     norm_weight, norm_bias,
+                       codes, token_scales, input_stride, up_stride, clip_ratio};
+    let_next_grid_begin();
+    wait_for_earlier_grids();
     const int n_warps = blockDim.x / 32;
     const int first_octet = blockIdx.y * n_warps + threadIdx.x / 32, octet_step = gridDim.y * n_warps;
-    const int n_octets = (p.first_outlier() + p.n_outlier_slots + SLOTS_PER_WARP - 1) / SLOTS_PER_WARP;
 
-    if (n_outliers == 0 && blockIdx.y == 0 && threadIdx.x == 0) {
+    if (p.n_outlier_slots == 0 && blockIdx.y == 0 && threadIdx.x == 0) {
         float* row = token_scales + (PROGRESSIVE ? 1 : p.n_slots * GROUPS) * p.padded_tokens;
         for (int token = blockIdx.x; token < p.padded_tokens; token += gridDim.x) row[token] = 0.0f;
     }
@@ -497,60 +498,51 @@ quantize_act(const ELEMENT* __restrict__ input, const ELEMENT* __restrict__ up,
     float base = 1.0f;
 #if STAGED
     extern __shared__ uint4 dynamic_shared[];
-    Staged* buffer = reinterpret_cast<Staged*>(dynamic_shared);
-    const int buffer_size = (n_channels + 7) / 8 * 8 + 8;
-    const bool one_walk = n_octets <= octet_step;
-    Sources sources(p, place);
-    start_staging(p, blockIdx.x, buffer);
+    Staged* staged = reinterpret_cast<Staged*>(dynamic_shared);
+    const int token = blockIdx.x;
+    const bool one_walk = p.n_octets <= octet_step;
+    start_staging(p, token, staged);
+    Sources sources(p, place);  // on their way while the row is
     copy_commit();
-    for (int token = blockIdx.x, round = 0; token < p.padded_tokens; token += gridDim.x, ++round) {
-        const Staged* staged = buffer + (N_BUFFERS == 2 ? round % 2 * buffer_size : 0);
-        if (N_BUFFERS == 2 && token + gridDim.x < p.padded_tokens) {
-            start_staging(p, token + gridDim.x, buffer + (round + 1) % 2 * buffer_size);
-        }
-        copy_commit();
-        copy_wait<N_BUFFERS - 1>();
-        __syncthreads();
-        Moments moments = {};
-        if (HAS_NORM) moments = find_moments(p, staged, epsilon);
+    copy_wait<0>();
+    __syncthreads();
+    Moments moments = {};
+    if (HAS_NORM) moments = find_moments(p, staged, epsilon);
 #if PROGRESSIVE
-        __shared__ int largest_scale;  // as bits: positive floats and their bits have one order
-        if (threadIdx.x == 0) largest_scale = 0;
-        __syncthreads();
-        for (int octet = first_octet; octet < n_octets; octet += octet_step) {
-            if (!one_walk) {
+    __shared__ int largest_scale;  // as bits: positive floats and their bits have one order
+    if (threadIdx.x == 0) largest_scale = 0;
+    __syncthreads();
+    for (int octet = first_octet; octet < p.n_octets; octet += octet_step) {
+        if (octet != first_octet) {
+            place = Place(p, octet);
+            sources = Sources(p, place);
+        }
+        fetch(p, place, sources, staged, values);
+        prepare(p, place, moments, values);
+        find_largest(p, place, values, largest);
+        const float scale = normal_scale(p, ieee::max_magnitude(largest[0], largest[GROUPS - 1]));
+        if (place.exists && place.lane == 0 && !place.is_outlier && scale >= SMALLEST_NORMAL) {
+            atomicMax(&largest_scale, __float_as_int(scale));
+        }
+    }
+    __syncthreads();
+    base = one_if_zero(ieee::mul(__int_as_float(largest_scale), 1.0f / 16.0f));
+    if (threadIdx.x == 0) token_scales[token] = token < p.n_tokens ? base : 0.0f;
+#endif
+    for (int octet = first_octet; octet < p.n_octets; octet += octet_step) {
+        if (!PROGRESSIVE || !one_walk) {  // else the values of the first walk are still here
+            if (PROGRESSIVE || octet != first_octet) {
                 place = Place(p, octet);
                 sources = Sources(p, place);
             }
             fetch(p, place, sources, staged, values);
             prepare(p, place, moments, values);
             find_largest(p, place, values, largest);
-            const float scale = normal_scale(p, ieee::max_magnitude(largest[0], largest[GROUPS - 1]));
-            if (place.exists && place.lane == 0 && !place.is_outlier && scale >= SMALLEST_NORMAL) {
-                atomicMax(&largest_scale, __float_as_int(scale));
-            }
         }
-        __syncthreads();
-        base = one_if_zero(ieee::mul(__int_as_float(largest_scale), 1.0f / 16.0f));
-        if (threadIdx.x == 0) token_scales[token] = token < n_tokens ? base : 0.0f;
-#endif
-        for (int octet = first_octet; octet < n_octets; octet += octet_step) {
-            if (!one_walk) {
-                place = Place(p, octet);
-                sources = Sources(p, place);
-            }
-            if (!PROGRESSIVE || !one_walk) {  // else the values of the first walk are still here
-                fetch(p, place, sources, staged, values);
-                prepare(p, place, moments, values);
-                find_largest(p, place, values, largest);
-            }
-            store(p, place, token, values, largest, base);
-        }
-        __syncthreads();
-        if (N_BUFFERS == 1 && token + gridDim.x < p.padded_tokens) start_staging(p, token + gridDim.x, buffer);
+        store(p, place, token, values, largest, base);
     }
 #else
-    if (first_octet >= n_octets) return;
+    if (first_octet >= p.n_octets) return;
     const Span span(p, place);
     RawRuns raw;
     load_runs(p, blockIdx.x, span, raw);

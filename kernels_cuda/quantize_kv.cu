@@ -25,6 +25,8 @@
 
 #include "head_lanes.cuh"
 
+static_assert(THREADS % 32 == 0, "whole warps");
+
 extern "C" __global__ void __launch_bounds__(THREADS)
 quantize_kv(const ELEMENT* __restrict__ input, unsigned char* __restrict__ codes, __half2* __restrict__ ranges,
             int n_tokens, int n_heads, int token_stride, int head_stride, float clip_ratio) {
@@ -48,50 +50,9 @@ quantize_kv(const ELEMENT* __restrict__ input, unsigned char* __restrict__ codes
     }
     if (HADAMARD) transform_head(values);
 
-    float low = __int_as_float(0x7f800000), high = -low;  // infinity
-#pragma unroll
-    for (int i = 0; i < CHANNELS; ++i) {
-        if (first + i >= HEAD_DIM) continue;
-        low = fminf(low, values[i]);
-        high = fmaxf(high, values[i]);
-    }
-#pragma unroll
-    for (int step = 1; step < LANES; step *= 2) {
-        low = fminf(low, __shfl_xor_sync(ALL_LANES, low, step));
-        high = fmaxf(high, __shfl_xor_sync(ALL_LANES, high, step));
-    }
-    low = ieee::mul(low, clip_ratio);
-    high = ieee::mul(high, clip_ratio);
-    constexpr float F16_LARGEST = 65504.0f;
-    const float span = divide_by<15>(ieee::sub(high, low));
-    __half2 range = __floats2half2_rn(fminf(span, F16_LARGEST), ieee::clamp(low, -F16_LARGEST, F16_LARGEST));
-    if (__low2float(range) == 0.0f) range.x = __float2half_rn(1.0f);
-    const float scale = __low2float(range), minimum = __high2float(range), inverse = ieee::reciprocal(scale);
+    const __half2 range = find_range(values, first, clip_ratio);
     if (!exists) return;
     if (lane == 0) ranges[head] = range;
-
-    // Eight codes a word. Each still has ROUNDER's bits above its own; they add up to a constant.
-    constexpr unsigned ROUNDERS = 0x4b400000u * 0x11111111u;
     constexpr int ROW_BYTES = (HEAD_DIM + 1) / 2;
-    unsigned char* row = codes + static_cast<long long>(head) * ROW_BYTES + first / 2;
-#pragma unroll
-    for (int i = 0; i < CHANNELS / 2; i += STORE_WIDTH) {
-        Vector<unsigned, (STORE_WIDTH + 3) / 4> words;
-#pragma unroll
-        for (int w = 0; w < (STORE_WIDTH + 3) / 4; ++w) {
-            unsigned sum = 0;
-#pragma unroll
-            for (int j = min(8, 2 * STORE_WIDTH) - 1; j >= 0; --j) {
-                const int channel = 2 * i + 8 * w + j;
-                const float ratio = quotient(ieee::sub(values[channel], minimum), scale, inverse);
-                const float code = ieee::add(ieee::clamp(ratio, 0.0f, 15.0f), ROUNDER);
-                sum = (sum << 4) + __float_as_uint(first + channel < HEAD_DIM ? code : ROUNDER);
-            }
-            words.items[w] = sum - ROUNDERS;
-        }
-        if (first / 2 + i < ROW_BYTES) {
-            using Bytes = Vector<unsigned char, STORE_WIDTH>;
-            *reinterpret_cast<Bytes*>(row + i) = reinterpret_cast<const Bytes&>(words);
-        }
-    }
+    store_codes<STORE_WIDTH>(values, first, range, codes + static_cast<long long>(head) * ROW_BYTES + first / 2);
 }

@@ -11,11 +11,11 @@
 //
 //   stage  | x [TILE_TOKENS][256 B + 32 B of padding, against bank conflicts] | record | ... |
 //
-// Parameters: GROUP_SIZE, SCALE_BYTES 2/4, IN_BF16 0/1, OUT_DTYPE, TILE_TOKENS 8..64, N_WARPGROUPS, ROW_BLOCKS (1),
+// Parameters: GROUP_SIZE, SCALE_BYTES 2/4, IN_BF16 0/1, OUT_DTYPE, TILE_TOKENS 8..64, N_WARPGROUPS, ROW_BLOCKS (1), K_TEAMS (1),
 // N_STAGES, SHARED_BYTES. Launch: 128 * N_WARPGROUPS + 32 threads.
 #if !defined(GROUP_SIZE) || !defined(SCALE_BYTES) || !defined(IN_BF16) || !defined(OUT_DTYPE) ||     \
-    !defined(TILE_TOKENS) || !defined(N_WARPGROUPS) || !defined(ROW_BLOCKS) || !defined(N_STAGES) || \
-    !defined(SHARED_BYTES)
+    !defined(TILE_TOKENS) || !defined(N_WARPGROUPS) || !defined(ROW_BLOCKS) || !defined(K_TEAMS) || \
+    !defined(N_STAGES) || !defined(SHARED_BYTES)
 #error "sm90_w4a16_gemm.cu lacks one of its parameters"
 #endif
 
@@ -33,7 +33,7 @@ constexpr int STORE_AT = N_STAGES * STAGE_BYTES;
 constexpr int BARRIERS_AT = STORE_AT + STORE_BYTES;
 constexpr int HALF_STEPS = 2;  // k32 steps in half a record
 
-static_assert(ROW_BLOCKS == 1 && TILE_TOKENS <= 64, "a warp holds 16 channels x TILE_TOKENS");
+static_assert(ROW_BLOCKS == 1 && K_TEAMS == 1 && TILE_TOKENS <= 64, "a warp holds 16 channels x TILE_TOKENS");
 static_assert(1024 + BARRIERS_AT + 16 * N_STAGES + 16 <= SHARED_BYTES, "SHARED_BYTES is too small");
 
 // The whole warp: every lane copies its tokens' rows.
@@ -42,7 +42,7 @@ __device__ void produce(const Problem &p, int n_inputs, const unsigned char *wei
     const int lane = threadIdx.x % 32;
     Schedule schedule(p);
     Work work;
-    Ring ring;
+    Ring ring(0);
     while (schedule.next(p, work)) {
         const Corner corner = tile_corner(work.tile, p);
         const int n_tokens = min(TILE_TOKENS, p.n_tokens - corner.token);
@@ -138,7 +138,6 @@ extern "C" __global__ void __launch_bounds__(128 * N_WARPGROUPS + 32, 1)
     extern __shared__ unsigned char dynamic_shared[];
     unsigned char *shared = dynamic_shared + ((1024 - (shared_address(dynamic_shared) & 1023)) & 1023);
     const unsigned full = shared_address(shared) + BARRIERS_AT, empty = full + 8 * N_STAGES;
-    int *is_last = reinterpret_cast<int *>(shared + BARRIERS_AT + 16 * N_STAGES);
     const int warpgroup = threadIdx.x / 128;
 
     // A short last slot leaves inputs of an earlier one in the stage, which meet codes of 0: they must be finite.
@@ -162,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(128 * N_WARPGROUPS + 32, 1)
         const int thread = threadIdx.x % 128;
         Schedule schedule(p);
         Work work;
-        Ring ring;
+        Ring ring(0);
         while (schedule.next(p, work)) {
             const Corner corner = tile_corner(work.tile, p);
             float total[1][SUMS] = {};
@@ -174,7 +173,7 @@ extern "C" __global__ void __launch_bounds__(128 * N_WARPGROUPS + 32, 1)
                 barrier_arrive_if(thread % 32 == 0, empty + 8 * ring.stage);
             }
             if (work.end - work.begin == p.n_slots + p.n_outlier_slots ||
-                join_pieces(p, work, partials, counters, is_last, total))
+                join_pieces(p, work, partials, counters, total))
                 store<Output<OUT_DTYPE>>(p, corner, warpgroup,
                                          shared + STORE_AT + warpgroup * STORE_TOKENS * STORE_PITCH,
                                          channel_scales + 2 * p.n_panels * PANEL_ROWS, out, 1.0f, total);

@@ -1,29 +1,37 @@
 // out[m][n] = sum over groups of (INT4 weights . activations) * scales + INT8 outliers * scales + bias, on sm_90a.
 //
 // Operands: see gemm_layout.cuh (weights, codes, token_scales, channel_scales; bases 16-byte aligned), and
-//   out       [M][N] of OUT_DTYPE, row-major
+//   out       [M][N] of OUT_DTYPE, row-major; or, with HEAD_DIM 64 or 128, instead of it
+//   head_codes, head_ranges  INT4 heads of the [M][N / HEAD_DIM][HEAD_DIM] rounded to OUT_DTYPE (1 or 2), as
+//             quantize_kv.cu makes them with `clip_ratio`, HEAD_HADAMARD 0/1; N a multiple of HEAD_DIM
 //   partials  float32, 2 * gridDim.x * N_WARPGROUPS * 64 * ROW_BLOCKS * TILE_TOKENS; only for split tiles
 //   counters  int32 [n_stream_tiles], zero before the first launch; every launch leaves them zero
 // Any M >= 1, N >= 1. Sums are INT32 inside a group (both sides progressive: over the whole row) and float32 across
 // groups, in an order that depends on the shape alone: equal inputs give equal bits.
 //
 // It computes the transposed product: weights are wgmma's A operand, unpacked in registers, and tokens lie along its
-// n, so a tile of 8 tokens wastes nothing. One warp feeds a ring of stages by bulk copies; N_WARPGROUPS warpgroups
-// of ROW_BLOCKS panels each consume it:
+// n, so a tile of 8 tokens wastes nothing. Two warps feed a team's ring of stages by bulk copies, one with weights, which
+// it may read before the grids before this one have ended (grid_order.cuh), and one with tokens; K_TEAMS teams of
+// N_WARPGROUPS warpgroups of ROW_BLOCKS panels each consume it in turns:
 //
 //   stage  | codes [TILE_TOKENS][128] | record of panel 0 | ... | record of the last panel | token scales |
 //
 // Parameters: PROGRESSIVE 0/1 (weights), TOKEN_BASE 0/1 (progressive activations), GROUP_SIZE 64/128, SCALE_BYTES
-// (exact weights 2 or 4, progressive 1), OUT_DTYPE, TILE_TOKENS 8..256, CHUNK_TOKENS (tokens per wgmma, 8..128),
-// N_WARPGROUPS, ROW_BLOCKS 1/2, N_STAGES, CONSUMER_REGISTERS (0: as compiled), SHARED_BYTES (the launch's dynamic
-// shared memory). Launch: 128 * (N_WARPGROUPS + 1) threads, one CTA for each multiprocessor.
+// (exact weights 2 or 4, progressive 1), OUT_DTYPE, HEAD_DIM (0: a matrix), HEAD_HADAMARD, TILE_TOKENS 8..256,
+// CHUNK_TOKENS (tokens per wgmma, 8..128), N_WARPGROUPS, ROW_BLOCKS 1/2, K_TEAMS 1/2, N_STAGES (of a team),
+// CONSUMER_REGISTERS (0: as compiled), CTAS_PER_SM (that fit), SHARED_BYTES (the launch's dynamic shared memory).
+// Launch: 128 * (N_WARPGROUPS * K_TEAMS + 1) threads, one CTA for each multiprocessor at most.
 #if !defined(PROGRESSIVE) || !defined(TOKEN_BASE) || !defined(GROUP_SIZE) || !defined(SCALE_BYTES) ||   \
     !defined(OUT_DTYPE) || !defined(TILE_TOKENS) || !defined(CHUNK_TOKENS) || !defined(N_WARPGROUPS) || \
-    !defined(ROW_BLOCKS) || !defined(N_STAGES) || !defined(CONSUMER_REGISTERS) || !defined(SHARED_BYTES)
+    !defined(ROW_BLOCKS) || !defined(K_TEAMS) || !defined(N_STAGES) || !defined(CONSUMER_REGISTERS) ||   \
+    !defined(CTAS_PER_SM) || !defined(SHARED_BYTES) || !defined(HEAD_DIM) || !defined(HEAD_HADAMARD)
 #error "sm90_w4a4_gemm.cu lacks one of its parameters"
 #endif
 
 #include "gemm_stream.cuh"
+#if HEAD_DIM
+#include "gemm_heads.cuh"
+#endif
 
 namespace {
 
@@ -32,60 +40,80 @@ constexpr int TILE_BYTES = TILE_TOKENS * SLOT_INPUTS;
 constexpr int SCALE_ROWS = TOKEN_BASE ? 1 : Weights::groups;  // of token scales in an INT4 slot
 constexpr int SCALES_AT = TILE_BYTES + PANELS * Weights::bytes;
 constexpr int STAGE_BYTES = (SCALES_AT + SCALE_ROWS * TILE_TOKENS * 4 + 1023) / 1024 * 1024;
-constexpr int STORE_AT = N_STAGES * STAGE_BYTES;
-constexpr int BARRIERS_AT = STORE_AT + STORE_BYTES;
+constexpr int ALL_STAGES = K_TEAMS * N_STAGES;
+constexpr int STORE_AT = ALL_STAGES * STAGE_BYTES;
+constexpr int TEAM_SUMS_AT = STORE_AT + STORE_BYTES;
+constexpr int FULL_AT = TEAM_SUMS_AT + TEAM_SUM_BYTES;  // a barrier for each stage that says it is full
+constexpr int EMPTY_AT = FULL_AT + 8 * ALL_STAGES;      // and one that says it is empty
 constexpr int OUTLIER_LIMIT = ROW_BLOCKS > 1 ? 32 : 64;  // what the registers leave room for
 constexpr int OUTLIER_CHUNK = CHUNK_TOKENS < OUTLIER_LIMIT ? CHUNK_TOKENS : OUTLIER_LIMIT;
 constexpr float UNIT = PROGRESSIVE ? 1.0f : EXACT_UNIT;
 
 static_assert(PROGRESSIVE ? SCALE_BYTES == 1 : SCALE_BYTES == 2 || SCALE_BYTES == 4, "bytes of a group scale");
 static_assert(TILE_TOKENS % CHUNK_TOKENS == 0 && TILE_TOKENS <= 256, "tile");
-static_assert(1024 + BARRIERS_AT + 16 * N_STAGES + 16 <= SHARED_BYTES, "SHARED_BYTES is too small");
+// More registers than the launch came with would be waited for without end.
+constexpr int PRODUCER_REGISTERS = 40, THREADS = CONSUMERS + 128;
+static_assert(CONSUMERS * CONSUMER_REGISTERS + 128 * PRODUCER_REGISTERS <= 65536 / THREADS / 8 * 8 * THREADS,
+              "CONSUMER_REGISTERS is too large");
+static_assert(K_TEAMS == 1 || K_TEAMS == 2, "a producing warpgroup has four warps");
+static_assert(1024 + EMPTY_AT + 8 * ALL_STAGES <= SHARED_BYTES, "SHARED_BYTES is too small");
 
-__device__ void produce(const Problem &p, const unsigned char *weights, const signed char *codes,
-                        const float *token_scales, unsigned shared, unsigned full, unsigned empty) {
+// Calls visit(corner, slot, stage, barrier) for every slot of the team, as soon as its stage is free.
+template <typename Visit>
+__device__ __forceinline__ void produce(const Problem &p, int team, unsigned shared, Visit visit) {
     Schedule schedule(p);
     Work work;
-    Ring ring;
-    const size_t panel_bytes = static_cast<size_t>(p.n_slots + p.n_outlier_slots) * Weights::bytes;
+    Ring ring(team);
     while (schedule.next(p, work)) {
         const Corner corner = tile_corner(work.tile, p);
-        const unsigned n_tokens = min(TILE_TOKENS, p.padded_tokens - corner.token);
-        for (int slot = work.begin; slot < work.end; ++slot, ring.advance()) {
-            const bool outliers = slot >= p.n_slots;
-            const int code_slot = outliers ? p.n_slots + (slot - p.n_slots) / 2 : slot;
-            const int n_rows = outliers ? 1 : SCALE_ROWS;
-            const int first_row = outliers     ? (TOKEN_BASE ? 1 : p.n_slots * SCALE_ROWS)
-                                  : TOKEN_BASE ? 0
-                                               : slot * SCALE_ROWS;
-            const unsigned stage = shared + ring.stage * STAGE_BYTES;
-            const unsigned barrier = full + 8 * ring.stage;
-            barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
-            barrier_arrive_expect(barrier, n_tokens * (SLOT_INPUTS + 4 * n_rows) + PANELS * Weights::bytes);
-#pragma unroll 1
-            for (int i = 0; i < PANELS; ++i) {
-                const int panel = min(corner.panel + i, p.n_panels - 1);
-                const unsigned char *record =
-                    weights + panel * panel_bytes + static_cast<size_t>(slot) * Weights::bytes;
-                if (p.n_token_tiles == 1) {
-                    bulk_copy_once(stage + TILE_BYTES + i * Weights::bytes, record, Weights::bytes, barrier);
-                } else {
-                    bulk_copy(stage + TILE_BYTES + i * Weights::bytes, record, Weights::bytes, barrier);
-                }
-            }
-            const size_t token = static_cast<size_t>(code_slot) * p.padded_tokens + corner.token;
-            bulk_copy(stage, codes + token * SLOT_INPUTS, n_tokens * SLOT_INPUTS, barrier);
-#pragma unroll 1
-            for (int row = 0; row < n_rows; ++row) {
-                bulk_copy(stage + SCALES_AT + row * TILE_TOKENS * 4,
-                          token_scales + static_cast<size_t>(first_row + row) * p.padded_tokens + corner.token,
-                          n_tokens * 4, barrier);
-            }
+        for (int slot = own_slot(work.begin, team); slot < work.end; slot += K_TEAMS, ring.advance()) {
+            barrier_wait(shared + EMPTY_AT + 8 * ring.stage, ring.parity ^ 1);
+            visit(corner, slot, shared + ring.stage * STAGE_BYTES, shared + FULL_AT + 8 * ring.stage);
         }
     }
 }
 
-// What a consumer thread knows of itself and of the ring.
+__device__ void produce_weights(const Problem &p, const unsigned char *weights, int team, unsigned shared) {
+    const size_t panel_bytes = static_cast<size_t>(p.n_slots + p.n_outlier_slots) * Weights::bytes;
+    produce(p, team, shared, [&](const Corner &corner, int slot, unsigned stage, unsigned barrier) {
+        barrier_arrive_expect(barrier, PANELS * Weights::bytes);
+#pragma unroll 1
+        for (int i = 0; i < PANELS; ++i) {
+            const int panel = min(corner.panel + i, p.n_panels - 1);
+            const unsigned char *record = weights + panel * panel_bytes + static_cast<size_t>(slot) * Weights::bytes;
+            if (p.n_token_tiles == 1) {
+                bulk_copy_once(stage + TILE_BYTES + i * Weights::bytes, record, Weights::bytes, barrier);
+            } else {
+                bulk_copy(stage + TILE_BYTES + i * Weights::bytes, record, Weights::bytes, barrier);
+            }
+        }
+    });
+}
+
+__device__ void produce_tokens(const Problem &p, const signed char *codes, const float *token_scales, int team,
+                               unsigned shared) {
+    wait_for_earlier_grids();
+    produce(p, team, shared, [&](const Corner &corner, int slot, unsigned stage, unsigned barrier) {
+        const unsigned n_tokens = min(TILE_TOKENS, p.padded_tokens - corner.token);
+        const bool outliers = slot >= p.n_slots;
+        const int code_slot = outliers ? p.n_slots + (slot - p.n_slots) / 2 : slot;
+        const int n_rows = outliers ? 1 : SCALE_ROWS;
+        const int first_row = outliers     ? (TOKEN_BASE ? 1 : p.n_slots * SCALE_ROWS)
+                              : TOKEN_BASE ? 0
+                                           : slot * SCALE_ROWS;
+        barrier_arrive_expect(barrier, n_tokens * (SLOT_INPUTS + 4 * n_rows));
+        const size_t token = static_cast<size_t>(code_slot) * p.padded_tokens + corner.token;
+        bulk_copy(stage, codes + token * SLOT_INPUTS, n_tokens * SLOT_INPUTS, barrier);
+#pragma unroll 1
+        for (int row = 0; row < n_rows; ++row) {
+            bulk_copy(stage + SCALES_AT + row * TILE_TOKENS * 4,
+                      token_scales + static_cast<size_t>(first_row + row) * p.padded_tokens + corner.token,
+                      n_tokens * 4, barrier);
+        }
+    });
+}
+
+// What a consumer thread knows of itself and of its team's ring.
 struct Consumer {
     const unsigned char *shared;
     unsigned full, empty;
@@ -93,6 +121,7 @@ struct Consumer {
     int words;   // where the thread's words lie in a record
     int pair;    // the thread's (row, row + 8) pair of the panel
     int token;   // the thread's first token of every eight
+    int team;
     Ring ring;
 
     __device__ const unsigned char *wait() const {
@@ -180,7 +209,7 @@ __device__ __forceinline__ void run_promoted(Consumer &self, int n_slots, int be
     constexpr int STEPS = (OUTLIERS ? 2 : 4) / GROUPS;
     constexpr int CHUNKS = TILE_TOKENS / CHUNK;
     constexpr int PER_BLOCK = GROUPS * CHUNKS;
-    for (int slot = begin; slot < end; ++slot) {
+    for (int slot = own_slot(begin, self.team); slot < end; slot += K_TEAMS) {
         const unsigned char *stage = self.wait();
         const float *tokens = reinterpret_cast<const float *>(stage + SCALES_AT) + self.token;
         const unsigned tile = swizzled_tile(shared_address(stage)) + (OUTLIERS ? (slot - n_slots & 1) * 4 : 0);
@@ -216,7 +245,7 @@ __device__ __forceinline__ void run_promoted(Consumer &self, int n_slots, int be
             wgmma_wait<0>();
         }
         promote_quantum(ROW_BLOCKS * PER_BLOCK - 1);
-        if (!OUTLIERS && (PROGRESSIVE || TOKEN_BASE) && slot == end - 1) {
+        if (!OUTLIERS && (PROGRESSIVE || TOKEN_BASE) && slot + K_TEAMS >= end) {
 #pragma unroll
             for (int block = 0; block < ROW_BLOCKS; ++block)
                 scale_total<PROGRESSIVE != 0, TOKEN_BASE != 0>(total[block], fixed_scales[block], tokens);
@@ -225,14 +254,19 @@ __device__ __forceinline__ void run_promoted(Consumer &self, int n_slots, int be
     }
 }
 
-// INT4 slots with progressive scales on both sides: one INT32 sum over all of them, promoted once. At least one slot.
+// INT4 slots with progressive scales on both sides: one INT32 sum over all of them, promoted once.
 __device__ __forceinline__ void run_progressive(Consumer &self, int begin, int end,
                                                 float (&total)[ROW_BLOCKS][SUMS],
                                                 const float2 (&base_scales)[ROW_BLOCKS]) {
     constexpr int CHUNKS = TILE_TOKENS / CHUNK_TOKENS;
     int sums[ROW_BLOCKS][CHUNKS][CHUNK_TOKENS / 2] = {};
     const float *tokens;
-    int slot = begin;
+    int slot = own_slot(begin, self.team);
+    if (slot >= end) {
+#pragma unroll
+        for (int i = 0; i < ROW_BLOCKS * SUMS; ++i) total[i / SUMS][i % SUMS] = 0.0f;
+        return;
+    }
     do {
         const unsigned char *stage = self.wait();
         const unsigned tile = swizzled_tile(shared_address(stage));
@@ -251,7 +285,7 @@ __device__ __forceinline__ void run_progressive(Consumer &self, int begin, int e
             wgmma_commit();
         }
         wgmma_wait<0>();
-        if (++slot == end) break;
+        if ((slot += K_TEAMS) >= end) break;
         self.release();
     } while (true);
 #pragma unroll
@@ -266,36 +300,54 @@ __device__ __forceinline__ void run_progressive(Consumer &self, int begin, int e
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(128 * (N_WARPGROUPS + 1), 1)
+extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM)
     sm90_w4a4_gemm(const unsigned char *__restrict__ weights, const float *__restrict__ channel_scales,
                    const signed char *__restrict__ codes, const float *__restrict__ token_scales,
-                   Output<OUT_DTYPE>::type *__restrict__ out, float *partials, int *counters, const Problem p) {
+#if HEAD_DIM
+                   unsigned char *__restrict__ head_codes, __half2 *__restrict__ head_ranges, const float clip_ratio,
+#else
+                   Output<OUT_DTYPE>::type *__restrict__ out,
+#endif
+                   float *partials, int *counters, const Problem p) {
     extern __shared__ unsigned char dynamic_shared[];
     unsigned char *shared = dynamic_shared + ((1024 - (shared_address(dynamic_shared) & 1023)) & 1023);
-    const unsigned full = shared_address(shared) + BARRIERS_AT, empty = full + 8 * N_STAGES;
-    int *is_last = reinterpret_cast<int *>(shared + BARRIERS_AT + 16 * N_STAGES);
+    const unsigned full = shared_address(shared) + FULL_AT, empty = shared_address(shared) + EMPTY_AT;
     const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0);  // uniform, and the compiler sees it
 
+    let_next_grid_begin();
     if (threadIdx.x == 0) {
-        for (int stage = 0; stage < N_STAGES; ++stage) {
-            barrier_init(full + 8 * stage, 1);
-            barrier_init(empty + 8 * stage, CONSUMERS / 32);
+        for (int stage = 0; stage < ALL_STAGES; ++stage) {
+            barrier_init(full + 8 * stage, 2);
+            barrier_init(empty + 8 * stage, TEAM / 32);
         }
         barrier_init_fence();
     }
     __syncthreads();
 
-    if (warpgroup == N_WARPGROUPS) {
-        if constexpr (CONSUMER_REGISTERS > 0) lower_registers<40>();
-        if (threadIdx.x == CONSUMERS) produce(p, weights, codes, token_scales, shared_address(shared), full, empty);
+    if (warpgroup == N_WARPGROUPS * K_TEAMS) {
+        if constexpr (CONSUMER_REGISTERS > 0) lower_registers<PRODUCER_REGISTERS>();
+        const int warp = (threadIdx.x - CONSUMERS) / 32, team = warp / 2;
+        if (threadIdx.x % 32 == 0 && team < K_TEAMS) {
+            if (warp % 2 == 0) produce_weights(p, weights, team, shared_address(shared));
+            if (warp % 2 == 1) produce_tokens(p, codes, token_scales, team, shared_address(shared));
+        }
     } else {
         if constexpr (CONSUMER_REGISTERS > 0) raise_registers<CONSUMER_REGISTERS>();
-        const int thread = threadIdx.x % 128;
-        Consumer self{shared,      full,       empty,          TILE_BYTES + warpgroup * ROW_BLOCKS * Weights::bytes,
-                      thread * 16, thread / 4, thread % 4 * 2, Ring()};
+        const int thread = threadIdx.x % 128, team = K_TEAMS == 1 ? 0 : warpgroup / N_WARPGROUPS;
+        const int first_panel = (K_TEAMS == 1 ? warpgroup : warpgroup % N_WARPGROUPS) * ROW_BLOCKS;  // of a tile
+        Consumer self{shared,
+                      full,
+                      empty,
+                      TILE_BYTES + first_panel * Weights::bytes,
+                      thread * 16,
+                      thread / 4,
+                      thread % 4 * 2,
+                      team,
+                      Ring(team)};
         Schedule schedule(p);
         Work work;
         const int n_rows = p.n_panels * PANEL_ROWS;
+        wait_for_earlier_grids();
         while (schedule.next(p, work)) {
             const Corner corner = tile_corner(work.tile, p);
             float total[ROW_BLOCKS][SUMS];
@@ -303,7 +355,7 @@ extern "C" __global__ void __launch_bounds__(128 * (N_WARPGROUPS + 1), 1)
             auto load_fixed = [&](int kind, float unit) {
 #pragma unroll
                 for (int block = 0; block < ROW_BLOCKS; ++block) {
-                    const int panel = min(corner.panel + warpgroup * ROW_BLOCKS + block, p.n_panels - 1);
+                    const int panel = min(corner.panel + first_panel + block, p.n_panels - 1);
                     const float *scales =
                         channel_scales + kind * n_rows + panel * PANEL_ROWS + thread / 32 * 16 + thread % 32 / 4;
                     fixed[block] = make_float2(scales[0] * unit, scales[8] * unit);
@@ -324,11 +376,19 @@ extern "C" __global__ void __launch_bounds__(128 * (N_WARPGROUPS + 1), 1)
                 load_fixed(1, 1.0f / UNIT);
                 run_promoted<true, OUTLIER_CHUNK>(self, p.n_slots, middle, work.end, total, fixed);
             }
-            if (work.end - work.begin == p.n_slots + p.n_outlier_slots ||
-                join_pieces(p, work, partials, counters, is_last, total))
-                store<Output<OUT_DTYPE>>(p, corner, warpgroup,
-                                         shared + STORE_AT + warpgroup * STORE_TOKENS * STORE_PITCH,
-                                         channel_scales + 2 * n_rows, out, UNIT, total);
+            if (!join_teams(team, shared + TEAM_SUMS_AT, total)) continue;
+            if (work.end - work.begin < p.n_slots + p.n_outlier_slots &&
+                !join_pieces(p, work, partials, counters, total))
+                continue;
+            const float *bias = channel_scales + 2 * n_rows;
+#if HEAD_DIM
+            store_heads<Output<OUT_DTYPE>>(p, corner, warpgroup, shared + STORE_AT, bias, head_codes, head_ranges,
+                                           clip_ratio, UNIT, total);
+#else
+            store<Output<OUT_DTYPE>>(p, corner, warpgroup,
+                                     shared + STORE_AT + warpgroup * STORE_TOKENS * STORE_PITCH, bias, out, UNIT,
+                                     total);
+#endif
         }
     }
 }

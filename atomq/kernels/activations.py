@@ -15,6 +15,7 @@ import functools
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from atomq.errors import KernelError
@@ -26,12 +27,12 @@ from atomq.kernels.repack import SLOT_INPUTS, PackedActivations
 
 _ELEMENTS = {torch.float16: "__half", torch.bfloat16: "__nv_bfloat16", torch.float32: "float"}
 _SLOTS_PER_WARP = 8
-_WARPS = (8, 16)  # most warps of a CTA: of one that shares an SM, and of one that has it alone
-_WARPS_OF_SM = (24, 16)  # by registers: in general, and where what is loaded ahead is wider
+_MAX_WARPS = 8  # of a CTA; the kernel's own limit
 _FEW_WARPS = 4
-_OTHER_SHARED_BYTES = (
-    1280  # no less than the kernel's own arrays and the system take of a CTA's shared memory
-)
+_WARPS_OF_SM = (24, 16)  # by registers: in general, and where what is loaded ahead is wider
+_CTAS_PER_PLACE = 4  # that walk over tokens, for each that runs at a time: measured best from 2 to 4
+_STATIC_SHARED_BYTES = 256  # no less than the kernel's own arrays take
+_SIZES = np.dtype([(f"size{i}", "<i4") for i in range(8)])
 
 
 class Prologue(enum.IntEnum):
@@ -150,8 +151,6 @@ def _launch(
         GROUP_SIZE=activations.group_size,
         PROGRESSIVE=int(activations.progressive),
         LOAD_WIDTH=_load_width(x, up, activations),
-        N_BUFFERS=shape.n_buffers,
-        MAX_WARPS=shape.max_warps,
     )
     launch(
         kernel,
@@ -165,71 +164,88 @@ def _launch(
             None if norm is None else norm.stored_bias,
             codes,
             token_scales,
-            n_tokens,
-            activations.n_channels,
-            activations.n_outliers,
             x.stride(0),
             0 if up is None else up.stride(0),
             activations.clip_ratio,
             0.0 if norm is None else norm.epsilon,
+            _sizes(n_tokens, activations),
         ),
         device=device,
         shared_bytes=shape.shared_bytes,
+        overlaps=True,
     )
     return PackedActivations(codes, token_scales, n_tokens)
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """A launch of `n_ctas` x `n_parts` CTAs of `n_warps`, each walking over tokens, a part of their row."""
+    """A launch of `n_ctas` x `n_parts` CTAs of `n_warps`, each on one token or more, a part of their row."""
 
     n_ctas: int
     n_parts: int
     n_warps: int
-    max_warps: int
-    n_buffers: int = 1
     shared_bytes: int = 0
+
+
+def _sizes(n_tokens: int, activations: ActivationFormat) -> np.ndarray:
+    """The kernel's struct Sizes."""
+    return np.array(
+        (
+            n_tokens,
+            math.ceil(n_tokens / 8) * 8,
+            activations.n_channels,
+            activations.n_normal,
+            activations.n_slots,
+            activations.n_outlier_slots,
+            _first_outlier(activations),
+            _count_octets(activations),
+        ),
+        dtype=_SIZES,
+    )
+
+
+def _first_outlier(activations: ActivationFormat) -> int:
+    """The warps' place of the first outlier slot; two of them begin at an even one, to lie in one warp."""
+    if activations.n_outlier_slots == 2:
+        return math.ceil(activations.n_slots / 2) * 2
+    return activations.n_slots
+
+
+def _count_octets(activations: ActivationFormat) -> int:
+    return math.ceil((_first_outlier(activations) + activations.n_outlier_slots) / _SLOTS_PER_WARP)
 
 
 def _choose_shape(
     prologue: Prologue, x: torch.Tensor, activations: ActivationFormat, gathers: bool
 ) -> _Shape:
-    """As many CTAs as run at a time, each on a part of the row that its warps can make at once.
+    """How to cut the work.
 
-    Where a row goes through shared memory (gather, norm, progressive scales) every part must read all of it,
-    so a row is cut only if the tokens are too few to fill the GPU, and never with progressive scales, whose
-    base needs the row. Two rows take turns in shared memory where they fit. A CTA has an SM alone if no other
-    would fit beside it, or if it then makes at once a row that progressive scales would otherwise make twice.
+    As channels lie, CTAs walk over tokens, each on a part of the row that its warps make at once. Where a row
+    goes through shared memory (gather, norm, progressive scales) a CTA makes one token. A part would have to
+    read all of the row, so rows are cut only if the tokens are too few to fill the GPU, and never with
+    progressive scales, whose base needs the row.
     """
     limits, n_tokens = device_limits(x.device), math.ceil(x.shape[0] / 8) * 8
-    n_slots = activations.n_slots + activations.n_outlier_slots + (activations.n_outlier_slots == 2)
-    n_octets = math.ceil(n_slots / _SLOTS_PER_WARP)
-    small, large = _WARPS
-    warps_of_sm = _WARPS_OF_SM[x.element_size() == 4 or prologue is Prologue.SILU_MUL]
+    n_octets = _count_octets(activations)
     if not (gathers or activations.progressive or prologue in _NORMS):
-        n_parts = math.ceil(n_octets / small)
+        n_parts = math.ceil(n_octets / _MAX_WARPS)
         n_warps = math.ceil(n_octets / n_parts)
-        n_ctas = min(n_tokens, max(1, limits.n_sms * (warps_of_sm // n_warps) // n_parts))
-        return _Shape(n_ctas, n_parts, n_warps, small)
-    row_bytes = math.ceil(activations.n_channels / 8 + 1) * 8
-    row_bytes *= 4 if prologue is Prologue.SILU_MUL else x.element_size()
-    room = limits.shared_bytes_of_cta - _OTHER_SHARED_BYTES
-    if row_bytes > room:
+        warps_of_sm = _WARPS_OF_SM[x.element_size() == 4 or prologue is Prologue.SILU_MUL]
+        n_places = limits.n_sms * (warps_of_sm // n_warps)
+        n_ctas = max(1, _CTAS_PER_PLACE * n_places // n_parts)
+        return _Shape(min(n_tokens, n_ctas), n_parts, n_warps)
+    shared_bytes = math.ceil(activations.n_channels / 8 + 1) * 8
+    shared_bytes *= 4 if prologue is Prologue.SILU_MUL else x.element_size()
+    room = limits.shared_bytes_of_cta - _STATIC_SHARED_BYTES
+    if shared_bytes > room:
         raise KernelError(
-            f"quantize_act: {activations.n_channels} channels take {row_bytes} bytes of shared memory, of "
+            f"quantize_act: {activations.n_channels} channels take {shared_bytes} bytes of shared memory, of "
             f"{room} here; fold the order into what produces x, and use exact scales"
         )
-    n_buffers = 2 if 2 * row_bytes <= room else 1
-    shared_bytes = n_buffers * row_bytes
     n_parts = 1 if activations.progressive else min(n_octets, max(1, limits.n_sms // n_tokens))
-    n_fitting = limits.shared_bytes_of_sm // (shared_bytes + _OTHER_SHARED_BYTES)
-    is_alone = n_fitting < 2 or (activations.progressive and n_octets > small)
-    max_warps = large if is_alone else small
-    n_walks = math.ceil(n_octets / n_parts / max_warps)
+    n_walks = math.ceil(n_octets / n_parts / _MAX_WARPS)
     n_warps = max(_FEW_WARPS, math.ceil(n_octets / n_parts / n_walks))
-    n_of_sm = 1 if is_alone else max(1, min(n_fitting, warps_of_sm // n_warps))
-    n_ctas = min(n_tokens, max(1, limits.n_sms * n_of_sm // n_parts))
-    return _Shape(n_ctas, n_parts, n_warps, max_warps, n_buffers, shared_bytes)
+    return _Shape(n_tokens, n_parts, n_warps, shared_bytes)
 
 
 def _load_width(x: torch.Tensor, up: torch.Tensor | None, activations: ActivationFormat) -> int:

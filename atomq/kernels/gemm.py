@@ -1,5 +1,5 @@
 """GEMM with INT4 weights on a GPU: checked fronts of `sm90_w4a4_gemm.cu`, `sm80_w4a4_gemm.cu`,
-`sm90_w4a16_gemm.cu`.
+`sm90_w4a16_gemm.cu`, `sm90_w4a16_batch_gemm.cu`.
 
 `w4a4_gemm` multiplies INT4 or INT8 activations, with scales per group, a block of INT8 outliers and a bias;
 on Hopper by wgmma, on sm_80, 86 and 89 by mma.sync on INT4 where it can, elsewhere by mma.sync on INT8.
@@ -8,15 +8,14 @@ on Hopper by wgmma, on sm_80, 86 and 89 by mma.sync on INT4 where it can, elsewh
 
 from __future__ import annotations
 
-import functools
-
-import numpy as np
 import torch
 
 from atomq.errors import KernelError
+from atomq.kernels.gemm_schedule import problem as portable_problem
+from atomq.kernels.gemm_schedule import schedule
 from atomq.kernels.gemm_tiles import (
-    MAX_COUNTERS,
     OUT_DTYPES,
+    W4A16_FEW_TOKENS,
     Engine,
     Tile,
     choose_tile,
@@ -24,7 +23,6 @@ from atomq.kernels.gemm_tiles import (
     sm80_defines,
     sm90_defines,
     sm90_w4a16_defines,
-    split_tiles,
 )
 from atomq.kernels.loader import Argument, compile_kernel, launch
 from atomq.kernels.operands import check_operand
@@ -50,21 +48,6 @@ __all__ = [
     "w4a4_gemm",
     "w4a16_gemm",
 ]
-
-_PROBLEM_FIELDS = (
-    "n_tokens",
-    "padded_tokens",
-    "n_channels",
-    "n_panels",
-    "n_slots",
-    "n_outlier_slots",
-    "n_token_tiles",
-    "n_tiles",
-    "n_stream_tiles",
-    "slots_per_stream_tile",
-    "slots_per_cta",
-)
-_Problem = np.ndarray[tuple[int, ...], np.dtype[np.void]]
 
 
 def w4a4_gemm(
@@ -94,7 +77,7 @@ def w4a4_gemm(
     Raises:
         KernelError: operands that do not fit each other, no CUDA device, or a device older than sm_80.
     """
-    shape = _check(activations, weight, out_dtype)
+    shape = check_operands(activations, weight, out_dtype)
     device = weight.records.device
     if out is None:
         out = torch.empty(shape, dtype=out_dtype, device=device)
@@ -107,12 +90,8 @@ def w4a4_gemm(
     if engine is Engine.MMA_INT4 and not _fits_int4(activations, weight):
         raise KernelError("w4a4_gemm: MMA_INT4 takes INT4 activations and exact scales; use MMA_INT8")
     if engine is Engine.WGMMA_INT8:
-        _run_sm90(
-            activations,
-            weight,
-            out,
-            tile or _tile_for(activations, weight, out_dtype),
-        )
+        tile = tile or tile_for(activations, weight, out_dtype)
+        run_sm90(activations, weight, out_dtype, tile, (out,))
     else:
         _run_sm80(activations, weight, out, engine)
     return out
@@ -165,8 +144,9 @@ def w4a16_gemm(
         return out
     tile = tile or choose_w4a16_tile(shape[0])
     defines = sm90_w4a16_defines(tile, weight.group_size, weight.scale_bytes, x.dtype, out_dtype)
-    kernel = compile_kernel("sm90_w4a16_gemm", **defines)
-    n_ctas, partials, counters, problem = _schedule(shape[0], weight, out, tile)
+    is_small = tile.tokens <= W4A16_FEW_TOKENS
+    kernel = compile_kernel("sm90_w4a16_gemm" if is_small else "sm90_w4a16_batch_gemm", **defines)
+    n_ctas, partials, counters, problem = schedule(shape[0], shape[0], weight, tile)
     arguments: tuple[Argument, ...] = (
         weight.records,
         weight.channel_scales,
@@ -177,8 +157,15 @@ def w4a16_gemm(
         n_inputs,
         problem,
     )
-    block = (128 * tile.n_warpgroups + 32,)
-    launch(kernel, (n_ctas,), block, arguments, device=device, shared_bytes=defines["SHARED_BYTES"])
+    launch(
+        kernel,
+        (n_ctas,),
+        (128 * tile.n_warpgroups + (32 if is_small else 128),),
+        arguments,
+        device=device,
+        shared_bytes=defines["SHARED_BYTES"],
+        overlaps=not is_small,
+    )
     return out
 
 
@@ -199,62 +186,46 @@ def _fits_int4(activations: PackedActivations, weight: PackedWeight) -> bool:
     return activations.n_bits == 4 and not weight.is_progressive and not activations.has_base_scales
 
 
-def _run_sm90(activations: PackedActivations, weight: PackedWeight, out: torch.Tensor, tile: Tile) -> None:
+def run_sm90(
+    activations: PackedActivations,
+    weight: PackedWeight,
+    out_dtype: torch.dtype,
+    tile: Tile,
+    outputs: tuple[Argument, ...],
+    **heads: int,
+) -> None:
+    """Launch `sm90_w4a4_gemm` on checked operands; `heads` are its parameters HEAD_DIM and HEAD_HADAMARD."""
     defines = sm90_defines(
-        tile, weight.group_size, weight.scale_bytes, activations.has_base_scales, out.dtype
+        tile, weight.group_size, weight.scale_bytes, activations.has_base_scales, out_dtype
     )
+    defines |= heads
     kernel = compile_kernel("sm90_w4a4_gemm", **defines)
-    n_ctas, partials, counters, problem = _schedule(activations.codes.shape[1], weight, out, tile)
-    arguments: tuple[Argument, ...] = (
-        weight.records,
-        weight.channel_scales,
-        activations.codes,
-        activations.token_scales,
-        out,
-        partials,
-        counters,
-        problem,
+    n_ctas, partials, counters, problem = schedule(
+        activations.n_tokens, activations.codes.shape[1], weight, tile
     )
-    block = (128 * (tile.n_warpgroups + 1),)
-    launch(kernel, (n_ctas,), block, arguments, device=out.device, shared_bytes=defines["SHARED_BYTES"])
+    operands = (weight.records, weight.channel_scales, activations.codes, activations.token_scales)
+    launch(
+        kernel,
+        (n_ctas,),
+        (128 * (tile.n_warpgroups * tile.k_teams + 1),),
+        (*operands, *outputs, partials, counters, problem),
+        device=weight.records.device,
+        shared_bytes=defines["SHARED_BYTES"],
+        overlaps=True,
+    )
 
 
-def _tile_for(activations: PackedActivations, weight: PackedWeight, out_dtype: torch.dtype) -> Tile:
+def tile_for(activations: PackedActivations, weight: PackedWeight, out_dtype: torch.dtype) -> Tile:
+    """The Hopper kernel's tile for these operands."""
     return choose_tile(
         activations.n_tokens,
         weight.group_size,
         weight.is_progressive,
         token_base=activations.has_base_scales,
-        n_records=weight.records.shape[0] * weight.records.shape[1],
+        n_panels=weight.records.shape[0],
+        n_slots=weight.records.shape[1],
         out_dtype=out_dtype,
     )
-
-
-def _schedule(
-    padded_tokens: int, weight: PackedWeight, out: torch.Tensor, tile: Tile
-) -> tuple[int, torch.Tensor | None, torch.Tensor | None, _Problem]:
-    """A persistent kernel's grid, its workspace for split tiles, and its `struct Problem`."""
-    device = out.device
-    n_token_tiles = -(-out.shape[0] // tile.tokens)
-    n_tiles = n_token_tiles * -(-weight.records.shape[0] // tile.panels)
-    n_ctas = _n_multiprocessors(device.index or 0)
-    stream = split_tiles(n_tiles, weight.records.shape[1], n_ctas, tile.tokens)
-    partials = counters = None
-    if stream.n_tiles:
-        size = 2 * n_ctas * tile.panels * PANEL_ROWS * tile.tokens
-        partials = torch.empty(size, dtype=torch.float32, device=device)
-        counters = _counters(device)
-    problem = _problem(
-        padded_tokens,
-        weight,
-        out,
-        n_token_tiles,
-        n_tiles,
-        stream.n_tiles,
-        stream.slots_per_tile,
-        stream.slots_per_cta,
-    )
-    return n_ctas, partials, counters, problem
 
 
 def _run_sm80(
@@ -269,7 +240,7 @@ def _run_sm80(
         defines["ALLOW_EMULATED_INT4"] = 1
     kernel = compile_kernel("sm80_w4a4_gemm", **defines)
     n_token_tiles = -(-activations.n_tokens // tile_tokens)
-    problem = _problem(activations.codes.shape[1], weight, out)
+    problem = portable_problem(out.shape[0], activations.codes.shape[1], weight)
     launch(
         kernel,
         (n_token_tiles, -(-weight.records.shape[0] // 2)),
@@ -287,48 +258,6 @@ def _run_sm80(
     )
 
 
-def _problem(padded_tokens: int, weight: PackedWeight, out: torch.Tensor, *schedule: int) -> _Problem:
-    """The kernels' `struct Problem`, by value."""
-    sizes = (
-        out.shape[0],
-        padded_tokens,
-        weight.n_channels,
-        weight.records.shape[0],
-        weight.n_slots,
-        weight.n_outlier_slots,
-        *schedule,
-    )
-    return np.array(sizes, dtype=_problem_dtype(len(sizes)))
-
-
-@functools.cache
-def _problem_dtype(n_fields: int) -> np.dtype[np.void]:
-    return np.dtype([(name, np.int32) for name in _PROBLEM_FIELDS[:n_fields]])
-
-
-_COUNTERS: dict[tuple[torch.device, int], torch.Tensor] = {}
-
-
-def _counters(device: torch.device) -> torch.Tensor:
-    """Arrival counters of split tiles, zero between launches; one set per stream, since launches may overlap.
-
-    On a stream first seen during a graph's capture they belong to the graph, which zeroes them at each
-    replay.
-    """
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    counters = _COUNTERS.get(key)
-    if counters is None:
-        counters = torch.zeros(MAX_COUNTERS, dtype=torch.int32, device=device)
-        if not torch.cuda.is_current_stream_capturing():
-            _COUNTERS[key] = counters
-    return counters
-
-
-@functools.cache
-def _n_multiprocessors(device_index: int) -> int:
-    return int(torch.cuda.get_device_properties(device_index).multi_processor_count)
-
-
 def _check_out(
     kernel: str, out: torch.Tensor, out_dtype: torch.dtype, shape: tuple[int, int], device: torch.device
 ) -> None:
@@ -337,7 +266,14 @@ def _check_out(
     check_operand(kernel, "out", out, dtype=out_dtype, shape=shape, device=device, alignment=alignment)
 
 
-def _check(activations: PackedActivations, weight: PackedWeight, out_dtype: torch.dtype) -> tuple[int, int]:
+def check_operands(
+    activations: PackedActivations, weight: PackedWeight, out_dtype: torch.dtype
+) -> tuple[int, int]:
+    """The result's shape (M, N).
+
+    Raises:
+        KernelError: as `w4a4_gemm`.
+    """
     device = weight.records.device
     if device.type != "cuda":
         raise KernelError(

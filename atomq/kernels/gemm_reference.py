@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from atomq.kernels import reference
+from atomq.kernels.layout import PackedHeads
 from atomq.kernels.repack import (
     OUTLIERS_PER_SLOT,
     SLOT_INPUTS,
@@ -29,6 +31,21 @@ def w4a4_gemm(
 def w4a4_oracle(activations: PackedActivations, weight: PackedWeight) -> torch.Tensor:
     """The exact result, float64 [M, N]: integer group sums, scales as stored, everything else in float64."""
     return _multiply(activations, weight, torch.float64)
+
+
+def w4a4_gemm_kv(
+    activations: PackedActivations,
+    weight: PackedWeight,
+    head_dim: int,
+    *,
+    clip_ratio: float = 1.0,
+    hadamard: bool = False,
+    dtype: torch.dtype = torch.float16,
+) -> PackedHeads:
+    """Twin of `atomq.kernels.gemm_kv.w4a4_gemm_kv`, which documents it."""
+    n_heads = weight.n_channels // head_dim
+    heads = w4a4_gemm(activations, weight, dtype).view(activations.n_tokens, n_heads, head_dim)
+    return reference.quantize_kv(heads, clip_ratio=clip_ratio, hadamard=hadamard)
 
 
 def w4a16_gemm(x: torch.Tensor, weight: PackedWeight, out_dtype: torch.dtype | None = None) -> torch.Tensor:

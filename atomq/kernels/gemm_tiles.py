@@ -10,10 +10,12 @@ import torch
 from atomq.kernels.repack import PANEL_ROWS, SLOT_INPUTS, record_bytes
 
 OUT_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_SM90_SHARED_BYTES = 227 * 1024
 _STORE_PITCH = PANEL_ROWS * 2 + 16
+W4A16_FEW_TOKENS = 16  # up to them mma.sync reads tokens as they lie
+_STAGERS = 96  # threads of sm90_w4a16_batch_gemm.cu that lay out tokens
 MANY_RECORDS = 16384  # of 64 channels x 128 inputs: 28672 x 8192 has 29120
 FEW_RECORDS = 5000  # 4096 x 4096 has 2112
+FEW_PANELS = 132  # of an H100 an SM each; 8192 channels are 128
 MAX_COUNTERS = 16384  # tiles that may be split; a launch with more tiles splits only the last waves of them
 
 
@@ -27,13 +29,24 @@ class Engine(enum.Enum):
 
 @dataclass(frozen=True)
 class Tile:
-    """One instantiation of the Hopper kernel: 64 * n_warpgroups * row_blocks channels x tokens."""
+    """One instantiation of the Hopper kernel: 64 * n_warpgroups * row_blocks channels x tokens.
+
+    `k_teams` sets of `n_warpgroups` warpgroups take slots of K in turns; `ctas_per_sm` CTAs fit on an SM, so
+    that one launch begins while another ends.
+    """
 
     tokens: int
     chunk_tokens: int
     n_warpgroups: int
     row_blocks: int
     consumer_registers: int
+    k_teams: int = 1
+    ctas_per_sm: int = 1
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a CTA; the system takes 1 KiB for itself."""
+        return (228 // self.ctas_per_sm - 1) * 1024
 
     @property
     def panels(self) -> int:
@@ -47,25 +60,38 @@ def choose_tile(
     progressive: bool,
     *,
     token_base: bool | None = None,
-    n_records: int = MANY_RECORDS,
+    n_panels: int = 448,
+    n_slots: int = 65,
     out_dtype: torch.dtype = torch.float16,
 ) -> Tile:
     """The tile for a product; docs/kernels.md has the measurements behind it.
 
-    `progressive` weights; `token_base`: progressive activations (None: as the weights); `n_records` of the
-    weight. Chunks and row blocks are as large as registers allow without spilling.
+    `progressive` weights; `token_base`: progressive activations (None: as the weights); `n_panels` of 64
+    channels and `n_slots` of the weight. Chunks and row blocks are as large as registers allow without
+    spilling.
     """
     token_base = progressive if token_base is None else token_base
     if n_tokens <= 64:
+        # Two teams hide the time from a stage's arrival to its promotion. One panel for each CTA where that
+        # makes no more tiles than there are SMs.
         tokens = max(8, 1 << (n_tokens - 1).bit_length())
-        return Tile(tokens, tokens, n_warpgroups=2, row_blocks=1, consumer_registers=0)
+        n_warpgroups = 1 if n_panels <= FEW_PANELS else 2
+        is_full = tokens == 64 and n_warpgroups == 2
+        ctas_per_sm = 2 if tokens <= 16 and n_warpgroups == 1 else 1
+        if is_full and group_size == 64 and not (progressive and token_base):  # two teams would spill
+            return Tile(tokens, tokens, n_warpgroups, row_blocks=1, consumer_registers=0)
+        registers = 104 if is_full else 0
+        return Tile(tokens, tokens, n_warpgroups, 1, registers, k_teams=2, ctas_per_sm=ctas_per_sm)
     chunk = 32 if group_size == 64 and not token_base else 64
     if progressive and token_base:
         chunk = 128
+    n_records = n_panels * n_slots
     if n_tokens <= 128:
         # Two panels for each warpgroup make fewer tiles: whole ones, where there are enough for the machine.
         fits = group_size == 128 and (token_base or not progressive) and out_dtype != torch.float32
         row_blocks = 2 if fits and n_records >= MANY_RECORDS else 1
+        if row_blocks == 2 and not token_base:
+            return Tile(128, chunk, n_warpgroups=1, row_blocks=2, consumer_registers=232, k_teams=2)
         return Tile(128, chunk, n_warpgroups=2, row_blocks=row_blocks, consumer_registers=232)
     tokens = 256 if n_records * -(-n_tokens // 256) >= FEW_RECORDS else 128
     return Tile(tokens, chunk, n_warpgroups=2, row_blocks=1, consumer_registers=232)
@@ -73,9 +99,9 @@ def choose_tile(
 
 def choose_w4a16_tile(n_tokens: int) -> Tile:
     """The W4A16 tile for a number of tokens: above 8, more warps share the conversion of codes."""
-    tokens = min(32, max(8, 1 << (n_tokens - 1).bit_length()))
-    n_warpgroups = 2 if tokens == 8 else 4
-    return Tile(tokens, tokens, n_warpgroups=n_warpgroups, row_blocks=1, consumer_registers=0)
+    tokens = min(64, max(8, 1 << (n_tokens - 1).bit_length()))
+    n_warpgroups = {8: 2, 16: 4, 32: 4, 64: 3}[tokens]
+    return Tile(tokens, tokens, n_warpgroups, row_blocks=1, consumer_registers=0)
 
 
 def sm90_defines(
@@ -85,29 +111,46 @@ def sm90_defines(
     scale_rows = 1 if token_base else SLOT_INPUTS // group_size
     stage = tile.tokens * (SLOT_INPUTS + 4 * scale_rows) + tile.panels * record_bytes(group_size, scale_bytes)
     stage = -(-stage // 1024) * 1024
-    fixed = 1024 + tile.n_warpgroups * min(32, tile.tokens) * _STORE_PITCH + 16
+    fixed = 1024 + tile.n_warpgroups * min(32, tile.tokens) * _STORE_PITCH
+    fixed += (tile.k_teams - 1) * tile.panels * PANEL_ROWS * tile.tokens * 4
     return {
         "PROGRESSIVE": int(scale_bytes == 1),
         "TOKEN_BASE": int(token_base),
         "GROUP_SIZE": group_size,
         "SCALE_BYTES": scale_bytes,
         "OUT_DTYPE": OUT_DTYPES[out_dtype],
+        "HEAD_DIM": 0,
+        "HEAD_HADAMARD": 0,
         "TILE_TOKENS": tile.tokens,
         "CHUNK_TOKENS": tile.chunk_tokens,
         "N_WARPGROUPS": tile.n_warpgroups,
         "ROW_BLOCKS": tile.row_blocks,
+        "K_TEAMS": tile.k_teams,
         "CONSUMER_REGISTERS": tile.consumer_registers,
-        "N_STAGES": min(24, (_SM90_SHARED_BYTES - fixed) // (stage + 16)),
-        "SHARED_BYTES": _SM90_SHARED_BYTES,
+        "CTAS_PER_SM": tile.ctas_per_sm,
+        "N_STAGES": min(24, (tile.shared_bytes - fixed) // (stage + 16) // tile.k_teams),
+        "SHARED_BYTES": tile.shared_bytes,
     }
 
 
 def sm90_w4a16_defines(
     tile: Tile, group_size: int, scale_bytes: int, in_dtype: torch.dtype, out_dtype: torch.dtype
 ) -> dict[str, int]:
-    """The parameters of `sm90_w4a16_gemm.cu` for a tile, with as many stages as fit into shared memory."""
-    stage = tile.tokens * (2 * SLOT_INPUTS + 32) + tile.panels * record_bytes(group_size, scale_bytes)
-    fixed = 1024 + tile.n_warpgroups * min(32, tile.tokens) * _STORE_PITCH + 16
+    """The parameters of a W4A16 kernel for a tile, with as many stages as fit into shared memory.
+
+    `sm90_w4a16_gemm.cu` takes tiles of up to 16 tokens, `sm90_w4a16_batch_gemm.cu` larger ones.
+    """
+    fixed = 1024 + tile.n_warpgroups * min(32, tile.tokens) * _STORE_PITCH
+    stage = tile.panels * record_bytes(group_size, scale_bytes)
+    ahead = {}
+    if tile.tokens <= W4A16_FEW_TOKENS:
+        stage += tile.tokens * (2 * SLOT_INPUTS + 32)
+    else:
+        stage = -(-(stage + tile.tokens * 2 * SLOT_INPUTS) // 1024) * 1024
+        n_ahead = 4 if tile.tokens == 32 else 3
+        share = -(-tile.tokens * SLOT_INPUTS // 16 // _STAGERS) * 32  # bytes of a slot that a thread lays out
+        fixed += n_ahead * _STAGERS * share
+        ahead = {"N_AHEAD": n_ahead, "CTAS_PER_SM": tile.ctas_per_sm}
     return {
         "GROUP_SIZE": group_size,
         "SCALE_BYTES": scale_bytes,
@@ -116,8 +159,10 @@ def sm90_w4a16_defines(
         "TILE_TOKENS": tile.tokens,
         "N_WARPGROUPS": tile.n_warpgroups,
         "ROW_BLOCKS": tile.row_blocks,
-        "N_STAGES": min(24, (_SM90_SHARED_BYTES - fixed) // (stage + 16)),
-        "SHARED_BYTES": _SM90_SHARED_BYTES,
+        "K_TEAMS": tile.k_teams,
+        "N_STAGES": min(24, (tile.shared_bytes - fixed) // (stage + 16)),
+        "SHARED_BYTES": tile.shared_bytes,
+        **ahead,
     }
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from atomq.errors import KernelError
+from atomq.kernels.driver import launch_overlapped
 from atomq.resources import folder
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120")
@@ -125,18 +126,25 @@ def launch(
     *,
     device: torch.device,
     shared_bytes: int = 0,
+    overlaps: bool = False,
 ) -> None:
     """Launch `kernel` on torch's current stream of `device`; it can be captured in a CUDA graph.
 
     Tensors go as the address of their first element (None as a null pointer), int as int32, float as float32;
-    NumPy scalars and arrays of a structured type as they are.
+    NumPy scalars and arrays of a structured type as they are. `overlaps`: it may begin while the kernel
+    before it ends, where the device can (sm_90 on); for kernels that use `grid_order.cuh` only.
     """
     cupy = _cupy()
     if shared_bytes > _STATIC_SHARED_LIMIT:
         kernel.max_dynamic_shared_size_bytes = shared_bytes
     stream = torch.cuda.current_stream(device)
-    with cupy.cuda.Device(stream.device_index), cupy.cuda.Stream.from_external(_Stream(stream)):
-        kernel(grid, block, tuple(map(_as_parameter, arguments)), shared_mem=shared_bytes)
+    parameters = tuple(map(_as_parameter, arguments))
+    with cupy.cuda.Device(stream.device_index):
+        if overlaps and torch.cuda.get_device_capability(device) >= (9, 0):
+            launch_overlapped(kernel.kernel.ptr, grid, block, shared_bytes, stream.cuda_stream, parameters)
+        else:
+            with cupy.cuda.Stream.from_external(_Stream(stream)):
+                kernel(grid, block, parameters, shared_mem=shared_bytes)
 
 
 class _Stream:

@@ -99,7 +99,8 @@ def all_variants() -> Iterator[tuple[str, str, Mapping[str, int | str]]]:
             )
     for tile in dict.fromkeys(gemm_tiles.choose_w4a16_tile(n) for n in (1, 16, 64)):
         defines = gemm_tiles.sm90_w4a16_defines(tile, 128, 2, torch.float16, torch.float16)
-        yield "sm90_w4a16_gemm", HOPPER, defines
+        few = tile.tokens <= gemm_tiles.W4A16_FEW_TOKENS
+        yield "sm90_w4a16_gemm" if few else "sm90_w4a16_batch_gemm", HOPPER, defines
 
 
 def _repack_defines(scale_bytes: int) -> dict[str, int | str]:
@@ -120,6 +121,4 @@ def _quantize_defines(prologue: Prologue) -> dict[str, int | str]:
         "GROUP_SIZE": 128,
         "PROGRESSIVE": 0,
         "LOAD_WIDTH": 8,
-        "N_BUFFERS": 2,
-        "MAX_WARPS": 8,
     }

@@ -186,7 +186,6 @@ VARIANTS = [
     {},
     {"GATHER": 1},
     {"GATHER": 1, "HADAMARD": 1},
-    {"GATHER": 1, "HADAMARD": 1, "MAX_WARPS": 16, "N_BUFFERS": 1},
     {"GATHER": 1, "HADAMARD": 1, "GROUP_SIZE": 64, "LOAD_WIDTH": 1},
     {"GATHER": 1, "HADAMARD": 1, "PROGRESSIVE": 1},
     {"GATHER": 1, "HADAMARD": 1, "PROLOGUE": 1},
@@ -205,7 +204,7 @@ VARIANTS = [
 def test_kernel_compiles_without_spilling(arch, variant):
     pytest.importorskip("cupy", reason="compiling a kernel needs CuPy and NVRTC")
     defaults = {"ELEMENT": "__half", "PROLOGUE": 0, "GATHER": 0, "HADAMARD": 0, "GROUP_SIZE": 128}
-    defaults |= {"PROGRESSIVE": 0, "LOAD_WIDTH": 8, "N_BUFFERS": 2, "MAX_WARPS": 8}
+    defaults |= {"PROGRESSIVE": 0, "LOAD_WIDTH": 8}
     report = compile_for("quantize_act", arch, **(defaults | variant))
     assert report.spill_bytes == 0, report
 
