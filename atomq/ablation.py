@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -80,6 +81,8 @@ def ablate(
     Raises:
         AtomqError: every kind of bad input, before anything is written; a full disk.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("ablate runs in one process; start it without torchrun")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--save {folder} is a file; name a folder")
     ladder = _Ladder(model_name, folder, calibration, evaluation, pipeline.choose_device(device))
@@ -186,12 +189,13 @@ class _Ladder:
         """The simulation of the rung's checkpoint, which is removed again, and what quantizing it told."""
         started = time.perf_counter()
         # Named by all that it depends on: one that was stopped goes on, one of another setup is not met.
-        digest = hashlib.sha256(json_bytes(self.key(rung))).hexdigest()
+        digest = hashlib.sha256(json_bytes(self.key(rung))).hexdigest()[:16]
         unfinished = self._folder / "unfinished"
+        resumed = any(unfinished.glob(f"*{digest}*"))  # then seconds are those of the last part
         calibration = self._calibration if rung.recipe.needs_calibration else CalibrationConfig()
         result = pipeline.quantize(
             self._model_name,
-            unfinished / digest[:16],
+            unfinished / digest,
             rung.recipe,
             self._device,
             lambda _done, _total, step: on_step(step),
@@ -203,7 +207,7 @@ class _Ladder:
         remove_tree(unfinished)
         summary = {key: result.summary[key] for key in ("effective_bits", "size_bytes", "warnings")}
         about = {"name": rung.text, "rung": rung.name, "below": rung.below, "changes": rung.changes}
-        return simulation, {**about, **summary, "quantize_seconds": seconds}
+        return simulation, {**about, **summary, "resumed": resumed, "quantize_seconds": seconds}
 
     def _evaluate(
         self, tested: PreTrainedModel, baseline: PreTrainedModel | None, on_step: _OnStep

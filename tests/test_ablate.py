@@ -163,6 +163,7 @@ def test_the_whole_ladder_leaves_a_table_json_and_a_picture(model, tmp_path, tex
         if name != "float":
             assert row["kl"] > 0
             assert row["changes"] == rung(name).changes
+            assert not row["resumed"]
     assert rows["float"]["kl"] is None
     assert rows["gptq"]["effective_bits"] == rows["asymmetry"]["effective_bits"]
     assert rows["key-offset"]["effective_bits"] == rows["kv4"]["effective_bits"]
@@ -225,8 +226,9 @@ def test_a_row_stopped_while_it_is_quantized_goes_on_after_its_last_block(tmp_pa
     monkeypatch.setattr(pipeline.CheckpointWriter, "write_shard", write_shard)
     with pytest.raises(KeyboardInterrupt):
         climb(model, folder, text_file, "gptq")
-    climb(model, folder, text_file, "gptq")
+    row = climb(model, folder, text_file, "gptq")["rows"][1]
     assert written == [1, 2, "stop", 3]
+    assert row["resumed"]  # its seconds are not those of the whole
     assert not (folder / "unfinished").exists()
 
 
@@ -292,3 +294,9 @@ def test_a_model_that_is_too_narrow_or_a_folder_that_is_a_file_is_refused(
     assert not (tmp_path / "rows").exists()
     assert main(argv(tiny_dir, text_file, text_file)) == 2
     assert "is a file; name a folder" in capsys.readouterr().err
+
+
+def test_several_processes_are_refused(model, tmp_path, text_file, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="one process; start it without torchrun"):
+        climb(model, tmp_path / "rows", text_file, "rtn")

@@ -82,7 +82,7 @@ def _print(record: dict[str, Any], folder: Path) -> None:
             *(f"{row[key]:.3f}" for key in ("ppl", "second_ppl") if key in row),
             "" if row["kl"] is None else f"{row['kl']:.4f}",
             "/".join(f"{round(row['effective_bits'][key], 2):g}" for key in ("weight", "activation", "kv")),
-            f"{row['seconds']:.0f}",
+            f"{'over ' if row.get('resumed') else ''}{row['seconds']:.0f}",
         ]
         for row in record["rows"]
     ]
