@@ -110,7 +110,7 @@ class BlockQuantizer:
         """
         self._inputs, self._reference = inputs, reference
         kv = self.recipe.scheme.kv
-        offset = self._mean_key(reference or inputs, head_dim) if kv.key_offset else None
+        offset = self._mean_key(reference or inputs, head_dim) if kv.has_key_offset else None
         if inputs is not None and reference is not None:
             self._twin = copy.deepcopy(self.block)
             reference.arguments[self._twin] = inputs.arguments[self.block]

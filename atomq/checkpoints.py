@@ -233,7 +233,7 @@ def stored_blocks(folder: Path, opened: Opened) -> Iterator[tuple[str, nn.Module
 
 
 def _key_offsets(model: PreTrainedModel, family: ModelFamily, scheme: QuantScheme) -> dict[str, TensorSpec]:
-    if not scheme.kv.key_offset:
+    if not scheme.kv.has_key_offset:
         return {}
     width = head_dim_of(model.config)
     offsets = {}

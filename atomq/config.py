@@ -133,13 +133,18 @@ class KVScheme:
 
     def __post_init__(self) -> None:
         check_fields("kv", self)
-        if self.key_offset and (self.n_bits == FLOAT_BITS or self.key_position != "before_rope"):
+        if self.has_key_offset and self.key_position != "before_rope":
             raise ConfigError(
-                "kv.key_offset is taken off K before RoPE, from a quantized cache; it needs kv.n_bits below "
-                "16 and kv.key_position=before_rope"
+                "kv.key_offset is taken off K before RoPE; set kv.key_offset=false, or "
+                "kv.key_position=before_rope"
             )
         check_bits("kv.n_bits", self.n_bits)
         check_ratio("kv.clip_ratio", self.clip_ratio)
+
+    @property
+    def has_key_offset(self) -> bool:
+        """Whether blocks store an offset: like all else here, it is nothing to a float cache."""
+        return self.key_offset and self.n_bits < FLOAT_BITS
 
 
 @dataclass(frozen=True)
@@ -253,10 +258,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         solves = self.solver.method == "gptq" and self.scheme.weights.n_bits < FLOAT_BITS
-        if self.scheme.kv.key_offset and not solves:
+        if self.scheme.kv.has_key_offset and not solves:
             raise ConfigError(
-                "kv.key_offset is measured while codes are solved; it needs solver.method=gptq and "
-                "weights.n_bits below 16"
+                "kv.key_offset is measured while codes are solved; set it to false, or use "
+                "solver.method=gptq and weights.n_bits below 16"
             )
 
     @property

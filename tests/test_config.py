@@ -377,3 +377,22 @@ def test_preset_atomq_takes_no_more_bits_than_atom():
     shapes = {"a": LinearShape(576, 576, False), "b": LinearShape(576, 1536, False)}
     bits = {name: effective_bits(PRESETS[name].scheme, shapes, 64) for name in ("atom", "atomq")}
     assert bits["atom"] == bits["atomq"]
+
+
+def test_a_float_cache_has_no_key_offset_whatever_the_preset_says():
+    recipe = override(find_preset("atomq"), {"kv.n_bits": 16})
+    assert recipe.scheme.kv.key_offset
+    assert not recipe.scheme.kv.has_key_offset
+
+
+@pytest.mark.parametrize(
+    ("assignments", "reason"),
+    [
+        ({"kv.key_position": "after_rope"}, "kv.key_offset is taken off K before RoPE"),
+        ({"weights.n_bits": 16}, "kv.key_offset is measured while codes are solved"),
+        ({"solver.method": "rtn"}, "set all three to 0, or solver.method=gptq"),
+    ],
+)
+def test_what_the_levers_cannot_go_with_is_refused(assignments, reason):
+    with refused(reason):
+        override(find_preset("atomq"), assignments)

@@ -38,7 +38,7 @@ def check_servable(scheme: QuantScheme, family: ModelFamily) -> None:
         raise ConfigError("mixtures of experts are not served yet; export with --format compressed-tensors")
     if scheme.weights.n_bits == FLOAT_BITS:
         raise ConfigError("serving needs weights in codes; quantize with --preset atomq")
-    if scheme.kv.key_offset:
+    if scheme.kv.has_key_offset:
         raise ConfigError("a serving engine knows no key_offset; quantize with --set kv.key_offset=false")
     plain_keys = family.key.endswith("k_proj") and family.key != family.value
     if scheme.kv.n_bits < FLOAT_BITS and (scheme.kv.key_position != "before_rope" or not plain_keys):

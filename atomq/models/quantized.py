@@ -148,7 +148,7 @@ def install_kv_quantizer(block: nn.Module, family: ModelFamily, kv: KVScheme, he
     if kv.n_bits == FLOAT_BITS:
         return
     attention: Any = block.get_submodule(attention_name(family))
-    if kv.key_offset:
+    if kv.has_key_offset:
         device = next(block.parameters()).device
         zeros = torch.zeros(head_counts(attention)[1] * head_dim, device=device)
         attention.register_buffer("key_offset", zeros)

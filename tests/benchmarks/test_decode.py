@@ -16,7 +16,17 @@ def test_a_checkpoint_is_held_against_its_simulation(tmp_path):
     model = save_tiny_model(tmp_path / "model", hidden_size=448, intermediate_size=320, head_dim=64)
     text = calibration_text(tmp_path)
     calibration = ["--calib-data", text, "--n-samples", 2, "--seq-len", 32, "--n-outliers", 40]
-    argv = ["quantize", model, tmp_path / "OUT", *calibration, "--set", "solver.method=rtn", "--check", "off"]
+    argv = [
+        "quantize",
+        model,
+        tmp_path / "OUT",
+        "--preset",
+        "atom",
+        *calibration,
+        "--set",
+        "solver.method=rtn",
+    ]
+    argv += ["--check", "off"]
     assert main([*map(str, argv), "--quiet"]) == 0
     record = run(tmp_path / "OUT", ["mix", "seven"], text.read_text(encoding="utf-8"), 4, 2, 32)
     assert [row["n_equal"] for row in record["greedy"]["float32"]] == [4, 4]
