@@ -37,7 +37,7 @@ from atomq.models.experts import ExpertRouting, unfuse_experts
 from atomq.models.families import find_family
 from atomq.models.loading import load_float_model
 from atomq.models.source import resolve_source
-from atomq.presets import find_preset
+from atomq.presets import DEFAULT_PRESET, find_preset
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(2, 256, (5, 40), generator=torch.Generator().manual_seed(0))
@@ -51,6 +51,11 @@ ATOM = Recipe(
     SolverConfig(),
 )
 SEQUENTIAL = dataclasses.replace(ATOM, solver=SolverConfig(calibration="sequential"))
+LEVERS = dataclasses.replace(
+    ATOM,
+    scheme=dataclasses.replace(ATOM.scheme, kv=KVScheme(n_bits=4, rotation="hadamard", key_offset=True)),
+    solver=SolverConfig(clip_search="hessian", descent_sweeps=2, asymmetry=0.5),
+)
 
 
 def quiet(_done: float, _total: int, _step: str) -> None:
@@ -86,7 +91,13 @@ def test_statistics_are_those_of_one_process(kind, tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "recipe", "n_windows"),
-    [("llama-mha-bias", ATOM, 5), ("qwen3", SEQUENTIAL, 5), ("llama", ATOM, 2), ("mixtral", ATOM, 5)],
+    [
+        ("llama-mha-bias", ATOM, 5),
+        ("qwen3", SEQUENTIAL, 5),
+        ("llama", ATOM, 2),
+        ("llama", LEVERS, 5),
+        ("mixtral", ATOM, 5),
+    ],
 )
 def test_codes_are_those_of_one_process_but_for_ties(kind, recipe, n_windows, tmp_path):
     tokens = TOKENS[:n_windows, : 40 if n_windows == 5 else 12]  # the short ones hold tokens out
@@ -103,6 +114,13 @@ def test_codes_are_those_of_one_process_but_for_ties(kind, recipe, n_windows, tm
     differing = sum(int((state[name] != first[0][name]).sum()) for name in codes)
     assert differing <= 0.01 * sum(state[name].numel() for name in codes)
     assert (first[2] - logits).norm() < 0.05 * logits.norm()
+
+
+def test_processes_that_refine_together_hold_the_same_bytes(tmp_path):
+    recipe = dataclasses.replace(LEVERS, solver=dataclasses.replace(LEVERS.solver, refine_steps=3))
+    first, second = in_two_processes(tmp_path, quantized, "llama", recipe)
+    for name, tensor in first[0].items():
+        assert torch.equal(tensor.view(torch.uint8), second[0][name].view(torch.uint8)), name
 
 
 def test_each_group_is_solved_by_one_process_only(tmp_path, monkeypatch):
@@ -248,7 +266,7 @@ def test_quantize_assists_where_it_is_not_the_first_process(tiny_dir, tmp_path, 
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr("atomq.assist.assist", lambda *args: calls.append(args))
     assert main(["quantize", str(tiny_dir), str(tmp_path / "OUT"), "--seq-len", "64", "--device", "cpu"]) == 0
-    assert calls == [(str(tiny_dir), find_preset("atom"), CPU, CalibrationConfig(seq_len=64))]
+    assert calls == [(str(tiny_dir), find_preset(DEFAULT_PRESET), CPU, CalibrationConfig(seq_len=64))]
     assert not (tmp_path / "OUT").exists()
 
 
