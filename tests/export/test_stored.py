@@ -22,7 +22,7 @@ def with_float_activations(model):
         if isinstance(module, QuantizedLinear):
             module.quantize_input = module.order_input
         if hasattr(module, "atomq_kv"):
-            module.atomq_kv.quantize = lambda heads, _scheme: heads
+            module.atomq_kv.quantize = lambda heads, _scheme, _offset: heads
     return model
 
 

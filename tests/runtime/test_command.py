@@ -18,7 +18,8 @@ def checkpoint(tmp_path_factory):
     model = save_tiny_model(folder / "model", **sizes)
     calibration = ["--calib-data", calibration_text(folder), "--n-samples", 2, "--seq-len", 32]
     settings = ["--n-outliers", 40, "--set", "solver.method=rtn", "--set", "kv.rotation=hadamard"]
-    argv = ["quantize", model, folder / "OUT", *calibration, *settings, "--check", "off", "--quiet"]
+    argv = ["quantize", model, folder / "OUT", "--preset", "atom", *calibration, *settings]
+    argv += ["--check", "off", "--quiet"]
     assert main([str(part) for part in argv]) == 0
     return folder / "OUT"
 
