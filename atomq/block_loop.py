@@ -141,6 +141,11 @@ def quantize_blocks(
     if solves:
         assert token_ids is not None
         own_ids = distributed.own_share(token_ids)
+        if recipe.solver.refine_steps and len(own_ids) < 2:
+            raise ConfigError(
+                "--refine learns on some windows and judges on others, in every process; "
+                f"give it at least two calibration windows, not {len(own_ids)}"
+            )
         inputs = _first_inputs(model, family, own_ids, device, weights, scratch)
     reference = inputs.copy(scratch) if inputs is not None and recipe.solver.needs_reference else None
     model.set_attn_implementation(attention_for(scheme.kv, model.config))
@@ -176,6 +181,7 @@ def quantize_blocks(
             routing.close(block)
             if inputs is not None:
                 quantizer.advance(within)
+            own = quantizer.refined(own)
         reports += own
         if weights is None:
             block.cpu()
@@ -284,6 +290,12 @@ def _warnings(reports: list[LinearReport], recipe: Recipe) -> tuple[str, ...]:
         warnings.append(
             f"{len(damped)} linears needed more damping than {recipe.solver.damp_frac:g}; "
             f"most: {worst.name} with {worst.damp_frac:g}"
+        )
+    dropped = [r for r in reports if r.refined is False]
+    if dropped:
+        warnings.append(
+            f"what was learned of the blocks of {len(dropped)} of {len(reports)} linears did no better on "
+            f"held-out windows and was dropped"
         )
     dead = [r for r in reports if r.n_dead]
     if dead:

@@ -11,7 +11,7 @@ import copy
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,7 +45,9 @@ OnStep = Callable[[float, str], None]
 
 @dataclass(frozen=True)
 class LinearReport:
-    """How one linear came out; see `method.solve.SolvedLinear`."""
+    """How one linear was solved (see `method.solve.SolvedLinear`), and whether what its block learned was
+    kept; None without refinement.
+    """
 
     name: str
     method: str
@@ -53,6 +55,7 @@ class LinearReport:
     damping_raised: bool
     relative_error: float | None
     n_dead: int
+    refined: bool | None = None
 
 
 class Clock:
@@ -91,7 +94,7 @@ class BlockQuantizer:
         self._inputs: BlockInputs | None = None
         self._reference: BlockInputs | None = None
         self._twin: nn.Module | None = None
-        self.refinement: Refinement | None = None
+        self._refinement: Refinement | None = None
 
     def prepare(
         self,
@@ -171,10 +174,15 @@ class BlockQuantizer:
             self._twin = None
             self.clock.lap("forward")
             if self.recipe.solver.refine_steps:
-                self.refinement = self._refine(inputs, reference.hidden, on_step)
+                self._refinement = self._refine(inputs, reference.hidden, on_step)
                 self.clock.lap("refining")
         inputs.run(self.block, self.prefix)
         self.clock.lap("forward")
+
+    def refined(self, reports: list[LinearReport]) -> list[LinearReport]:
+        """`reports` of `solve` with what came of refining the block since."""
+        refinement = self._refinement
+        return [replace(r, refined=None if refinement is None else refinement.kept) for r in reports]
 
     def _refine(self, inputs: BlockInputs, targets: torch.Tensor, on_step: OnStep) -> Refinement:
         """Learn codes, scales, norms and biases together; norms and biases end as they will be stored."""

@@ -263,6 +263,11 @@ class Recipe:
                 "kv.key_offset is measured while codes are solved; set it to false, or use "
                 "solver.method=gptq and weights.n_bits below 16"
             )
+        if self.solver.refine_steps and self.scheme.weights.number_format != "int":
+            raise ConfigError(
+                f"--refine learns integer codes; weights.number_format={self.scheme.weights.number_format} "
+                f"has a code book: leave --refine away, or set weights.number_format=int"
+            )
 
     @property
     def needs_calibration(self) -> bool:

@@ -10,6 +10,7 @@ from tiny_models import make_tiny_model
 from atomq.block_loop import quantize_blocks
 from atomq.commands.quantize import build_recipe
 from atomq.config import SolverConfig
+from atomq.errors import ConfigError
 from atomq.method.gptq import rtn_quantize
 from atomq.method.refine import LatentWeight, block_loss
 from atomq.numerics.linear import QuantizedLinear
@@ -107,10 +108,20 @@ def test_what_does_worse_on_held_out_windows_is_dropped():
     plain, refined = make_tiny_model(), make_tiny_model()
     quantize_blocks(plain, recipe_of(), CPU, lambda *_: None, TOKENS)
     wild = ("solver.refine_steps=20", "solver.refine_rate=1.0")
-    quantize_blocks(refined, recipe_of(*wild), CPU, lambda *_: None, TOKENS)
+    report = quantize_blocks(refined, recipe_of(*wild), CPU, lambda *_: None, TOKENS)
+    assert {r.refined for r in report.linears} == {False}
+    assert any("was dropped" in warning for warning in report.warnings)
     for (name, one), (_, two) in zip(plain.state_dict().items(), refined.state_dict().items(), strict=True):
         assert torch.equal(one, two), name
 
 
 def test_presets_do_not_refine_unless_asked():
     assert all(recipe.solver.refine_steps == 0 for recipe in PRESETS.values())
+
+
+def test_refining_needs_two_windows_and_integers():
+    steps = recipe_of("solver.refine_steps=2")
+    with pytest.raises(ConfigError, match="at least two calibration windows"):
+        quantize_blocks(make_tiny_model(), steps, CPU, lambda *_: None, TOKENS[:1])
+    with pytest.raises(ConfigError, match="code book"):
+        recipe_of("solver.refine_steps=2", "weights.number_format=fp4-e2m1")
