@@ -37,6 +37,7 @@ OutlierPrecision = Literal["int8", "fp16", "e5m2", "e4m3"]
 Metric = Literal["hessian", "abs_mean"]
 KeyPosition = Literal["before_rope", "after_rope"]
 Rotation = Literal["none", "hadamard"]
+Span = Literal["full", "half"]
 
 C = TypeVar("C")
 
@@ -76,6 +77,10 @@ class ActivationScheme:
     """Inputs of the linears: dynamic, per token and group. Fields as in `WeightScheme`.
 
     `clip_ratio` belongs to the scheme because activations are quantized at run time.
+
+    Attributes:
+        scale_span: divisor of a symmetric scale: "full" = 2^(n_bits-1) - 1, "half" = (2^n_bits - 1) / 2, as
+            the compressed-tensors library has it.
     """
 
     n_bits: int = 4
@@ -84,9 +89,15 @@ class ActivationScheme:
     group_size: int | None = 128
     clip_ratio: float = 1.0
     scale_mode: ScaleMode = "exact"
+    scale_span: Span = "full"
 
     def __post_init__(self) -> None:
         check_fields("activations", self)
+        if self.scale_span == "half" and not (self.symmetric and self.number_format == "int"):
+            raise ConfigError(
+                "activations.scale_span half divides the range of symmetric integers; "
+                "set activations.scale_span=full"
+            )
         if self.number_format == "exponential":
             raise ConfigError("activations.number_format exponential does not exist; it is for weights only")
         check_number_format("activations", self.n_bits, self.number_format, self.symmetric)
@@ -210,7 +221,7 @@ class SolverConfig:
 
     method: Literal["gptq", "rtn"] = "gptq"
     clip_ratio: float = 1.0
-    scale_span: Literal["half", "full"] = "full"
+    scale_span: Span = "full"
     damp_frac: float = 0.01
     clip_search: Literal["none", "mse", "hessian"] = "none"
     calibration: Literal["block", "sequential"] = "block"

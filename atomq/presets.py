@@ -76,10 +76,13 @@ PRESETS: dict[str, Recipe] = {
         QuantScheme(WeightScheme(n_bits=4, group_size=128), ActivationScheme(n_bits=4, group_size=128)),
         SolverConfig(method="rtn"),
     ),
-    # W4A4 as compressed-tensors can say it: no outliers, and activations as vLLM's kernels round them.
+    # W4A4 as compressed-tensors can say it: no outliers, and activations as its library rounds them.
     "ct-w4a4": Recipe(
-        QuantScheme(WeightScheme(n_bits=4, group_size=128), ActivationScheme(n_bits=4, group_size=128)),
-        SolverConfig(method="gptq", clip_search="hessian", calibration="sequential"),
+        QuantScheme(
+            WeightScheme(n_bits=4, group_size=128),
+            ActivationScheme(n_bits=4, group_size=128, scale_span="half"),
+        ),
+        SolverConfig(method="gptq", clip_search="hessian", descent_sweeps=4, asymmetry=0.5),
     ),
     # Weights only and without outliers, as GPTQ and compressed-tensors files hold them.
     "w4a16": Recipe(
@@ -88,7 +91,10 @@ PRESETS: dict[str, Recipe] = {
     ),
     # INT8 per row and per token. Needs no calibration.
     "w8a8": Recipe(
-        QuantScheme(WeightScheme(n_bits=8, group_size=None), ActivationScheme(n_bits=8, group_size=None)),
+        QuantScheme(
+            WeightScheme(n_bits=8, group_size=None),
+            ActivationScheme(n_bits=8, group_size=None, scale_span="half"),
+        ),
         SolverConfig(method="rtn"),
     ),
 }

@@ -3,8 +3,7 @@
     python benchmarks/exports.py OUT [OUT ...] --data TEST.txt --save RECORD.json
 
 Needs the packages compressed-tensors and gptqmodel. For each checkpoint and each format that can express it:
-atomq's own perplexity, and that of the export in transformers, on the same windows; where activations are
-quantized, atomq's with the library's range of activations too (docs/exports.md). gptqmodel must dequantize
+atomq's own perplexity, and that of the export in transformers, on the same windows. gptqmodel must dequantize
 every linear to the checkpoint's weights, rounded to float16.
 """
 
@@ -18,20 +17,18 @@ from typing import Annotated, Any
 import gptqmodel
 import torch
 import typer
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 import atomq
 from atomq import hf
 from atomq.checkpoints import load_checkpoint_tokenizer, open_checkpoint
 from atomq.commands import console
-from atomq.config import FLOAT_BITS
 from atomq.errors import ConfigError
 from atomq.eval.perplexity import evaluate_perplexity
 from atomq.eval.windows import TokenWindows, evaluation_windows
 from atomq.export.folder import export
 from atomq.export.stored import read_blocks
 from atomq.formats.files import write_json
-from atomq.numerics.linear import QuantizedLinear
 
 
 def main(
@@ -67,31 +64,12 @@ def main(
 
 
 def perplexities(checkpoint: Path, dest: Path, windows: TokenWindows) -> dict[str, Any]:
-    native = hf.load(checkpoint)
-    activations = open_checkpoint(checkpoint, check_hashes=False).scheme.activations
+    native: Any = hf.load(checkpoint)
     found = {"ppl_atomq": evaluate_perplexity(native, windows).ppl}
-    if activations.n_bits < FLOAT_BITS:
-        take_the_librarys_range(native, activations.n_bits, activations.group_size)
-        found["ppl_atomq_with_the_librarys_range"] = evaluate_perplexity(native, windows).ppl
     del native
     loaded = AutoModelForCausalLM.from_pretrained(dest, dtype=torch.float32).eval()
     found["ppl_transformers"] = evaluate_perplexity(loaded, windows).ppl
     return found
-
-
-def take_the_librarys_range(model: PreTrainedModel, n_bits: int, group_size: int | None) -> None:
-    """Let `model` round activations as compressed-tensors does: largest magnitude / ((2^n_bits - 1) / 2)."""
-    lowest, highest = -(2 ** (n_bits - 1)), 2 ** (n_bits - 1) - 1
-
-    def quantize(x: torch.Tensor) -> torch.Tensor:
-        grouped = x.unflatten(-1, (-1, group_size or x.shape[-1]))
-        scales = grouped.abs().amax(-1, keepdim=True) / ((highest - lowest) / 2)
-        scales = torch.where(scales == 0, torch.ones_like(scales), scales)
-        return ((grouped / scales).round().clamp(lowest, highest) * scales).flatten(-2)
-
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear):
-            module.quantize_input = quantize  # type: ignore[method-assign]
 
 
 def equal_weights(checkpoint: Path, dest: Path, _windows: TokenWindows) -> dict[str, Any]:

@@ -29,11 +29,8 @@ from atomq.export.uniform import (
     uniform_group_size,
 )
 from atomq.models.families import LinearShape
-from atomq.numerics.grid import CodeGrid
-from atomq.numerics.scales import scale_divisor
 
 NAME = "compressed-tensors"
-RANGE_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -78,17 +75,12 @@ class CompressedTensors:
                 )
 
     def _check_range(self) -> None:
-        given, (vllm, library) = self.scheme.activations.clip_ratio, self._ranges()
-        if min(abs(given / vllm - 1), abs(given / library - 1)) > RANGE_TOLERANCE:
+        given = self.scheme.activations.clip_ratio
+        if given != 1.0:
             raise ConfigError(
                 f"{NAME} has no clip ratio of activations, and this checkpoint has {given}; quantize with "
-                f"--set activations.clip_ratio={vllm}, vLLM's range, or {library:.4f}, the library's"
+                f"--set activations.clip_ratio=1"
             )
-
-    def _ranges(self) -> tuple[float, float]:
-        """What vLLM's kernels and the library in transformers do, as clip ratios of activations."""
-        grid = CodeGrid.of("int", self.scheme.activations.n_bits)
-        return 1.0, scale_divisor(grid) / scale_divisor(grid, "half")
 
     @property
     def group_size(self) -> int | None:
@@ -97,12 +89,11 @@ class CompressedTensors:
     def notes(self) -> list[str]:
         notes = group_notes(self.scheme, self.group_size)
         if self.scheme.activations.n_bits != FLOAT_BITS:
-            vllm, library = self._ranges()
-            given = self.scheme.activations.clip_ratio
-            ours = "vLLM's kernels" if abs(given - vllm) < abs(given - library) else "the library"
+            is_half = self.scheme.activations.scale_span == "half"
+            ours, others = ("the library", "vLLM's kernels") if is_half else ("vLLM's kernels", "the library")
             notes.append(
-                f"the range of activations is that of {ours}: vLLM's kernels cover the largest magnitude "
-                f"whole, the library in transformers {library:.4f} of it, so their figures differ a little"
+                f"activations are rounded as in {ours}; {others} divide the largest magnitude by another "
+                f"number (7 or 7.5 at 4 bits), so the figures there differ a little"
             )
         return notes
 

@@ -55,17 +55,19 @@ def parse_quantization_config(config: Mapping[str, Any]) -> tuple[ModelFamily, Q
             f"update atomq, or quantize the model again"
         )
     try:
-        scheme = from_dict(QuantScheme, _with_key_offset(config.get("scheme")), "scheme.")
+        scheme = from_dict(QuantScheme, _as_written_now(config.get("scheme")), "scheme.")
     except ConfigError as error:
         raise CheckpointError(f"config.json: {error}") from error
     return _parse_family(config.get("family")), scheme
 
 
-def _with_key_offset(scheme: Any) -> Any:
-    """A scheme as it is written now: files of version 0.1 do not say that K has no offset."""
-    if isinstance(scheme, dict) and isinstance(scheme.get("kv"), dict):
-        return {**scheme, "kv": {"key_offset": False, **scheme["kv"]}}
-    return scheme
+def _as_written_now(scheme: Any) -> Any:
+    """A scheme with what files of before these settings came do not say: they had none of them."""
+    if not isinstance(scheme, dict):
+        return scheme
+    newer: dict[str, dict[str, Any]] = {"kv": {"key_offset": False}, "activations": {"scale_span": "full"}}
+    tables = [part for part in newer if isinstance(scheme.get(part), dict)]
+    return {**scheme, **{part: {**newer[part], **scheme[part]} for part in tables}}
 
 
 def _parse_family(value: Any) -> ModelFamily:

@@ -42,6 +42,8 @@ def envelope_problem(linear: QuantizedLinear) -> str:
         return ""
     if (activations.n_bits, activations.number_format, activations.symmetric) != (4, "int", True):
         return "the kernels take symmetric INT4 activations"
+    if activations.scale_span != "full":
+        return "the kernels divide the largest activation of a group by 7 (scale_span full)"
     if activations.group_size != weights.group_size or activations.scale_mode != weights.scale_mode:
         return "the kernels take activations with the weights' group size and scale mode"
     if outliers.n_outliers > MAX_OUTLIERS or (outliers.n_outliers and outliers.precision != "int8"):

@@ -51,8 +51,8 @@ def quantize_activations(
 ) -> QuantizedActivations:
     """Quantize `x` [..., K] (already in the group's order and transformed).
 
-    scale = clip_ratio * absmax / divisor per token and group, code = round(x / scale). A group without a
-    normal float32 scale gets scale 1 and codes 0.
+    scale = clip_ratio * absmax / divisor (of `scale_span`) per token and group, code = round(x / scale). A
+    group without a normal float32 scale gets scale 1 and codes 0.
     """
     x = x.to(compute_dtype(x.dtype))
     n_normal = x.shape[-1] - n_outliers
@@ -89,10 +89,11 @@ def _quantize_groups(
         codes = grid.round(grouped / scales.unsqueeze(-1), zeros.unsqueeze(-1))
         return codes, scales, zeros
     largest = grouped.abs().amax(-1)
-    scales = symmetric_scales(largest, scheme.clip_ratio, scale_divisor(grid))
+    divisor = scale_divisor(grid, scheme.scale_span)
+    scales = symmetric_scales(largest, scheme.clip_ratio, divisor)
     if scheme.scale_mode == "progressive":
         # A zero group has no say in the base, and the factor 1.
-        alive = divide(largest * scheme.clip_ratio, scale_divisor(grid)) >= F32_SMALLEST_NORMAL
+        alive = divide(largest * scheme.clip_ratio, divisor) >= F32_SMALLEST_NORMAL
         base = progressive_base(torch.where(alive, scales, torch.zeros_like(scales)))
         factors = torch.where(alive, progressive_factors(scales, base), torch.ones_like(scales))
         scales = base.unsqueeze(-1) * factors

@@ -111,12 +111,12 @@ def test_the_config_names_the_format_inside_the_group_and_what_is_left_alone(exp
     }
 
 
-@pytest.mark.parametrize(("clip_ratio", "whose"), [(1.0, "vLLM's kernels"), (14 / 15, "the library")])
-def test_a_note_says_whose_range_the_activations_have(tiny_dir, tmp_path, clip_ratio, whose):
-    settings = {**G16, "activations.clip_ratio": clip_ratio}
+@pytest.mark.parametrize(("span", "whose"), [("full", "vLLM's kernels"), ("half", "the library")])
+def test_a_note_says_whose_range_the_activations_have(tiny_dir, tmp_path, span, whose):
+    settings = {**G16, "activations.scale_span": span}
     out = make_checkpoint(tiny_dir, tmp_path / "OUT", "ct-w4a4", settings)
     (note,) = export(out, tmp_path / "DEST", "compressed-tensors").notes
-    assert f"is that of {whose}: " in note
+    assert f"rounded as in {whose}; " in note
 
 
 @pytest.mark.parametrize(
@@ -125,13 +125,17 @@ def test_a_note_says_whose_range_the_activations_have(tiny_dir, tmp_path, clip_r
         ("atom", {"outliers.n_outliers": 5}, "not 5 channels in int8; quantize with --preset ct-w4a4"),
         ("ct-w4a4", {"kv.n_bits": 4}, "no KV cache of 4 bits"),
         ("ct-w4a4", {**G16, "transform": "hadamard"}, "no transform of activations inside a group"),
-        ("ct-w4a4", {**G16, "activations.symmetric": False}, "symmetric integers for the activations"),
+        (
+            "ct-w4a4",
+            {**G16, "activations.symmetric": False, "activations.scale_span": "full"},
+            "symmetric integers for the activations",
+        ),
         ("ct-w4a4", {**G16, "activations.scale_mode": "progressive"}, "no progressive scales of activations"),
         ("ct-w4a4", {}, "--group-size 16"),
         (
             "ct-w4a4",
             {**G16, "activations.clip_ratio": 0.9},
-            "activations.clip_ratio=1.0, vLLM's range, or 0.9333, the library's",
+            "quantize with --set activations.clip_ratio=1",
         ),
         ("w4a16", {"weights.symmetric": False}, "export with --format gptq_v2 or hf"),
         ("w4a16", {"weights.group_size": 16, "outliers.reorder": True}, "these were reordered"),

@@ -184,6 +184,7 @@ def test_index_config_and_manifest_have_their_golden_text(tmp_path):
                 "group_size": 4,
                 "clip_ratio": 1.0,
                 "scale_mode": "exact",
+                "scale_span": "full",
             },
             "outliers": {"n_outliers": 2, "precision": "int8", "metric": "hessian", "reorder": True},
             "kv": {

@@ -205,3 +205,11 @@ def test_a_config_of_another_kind_is_refused_and_the_field_named(change, words):
     with pytest.raises(CheckpointError) as caught:
         parse_quantization_config(config)
     assert words in str(caught.value)
+
+
+def test_files_of_before_a_setting_came_are_read_without_it():
+    scheme = recipe_of("atom").scheme
+    config = quantization_config(FAMILIES["llama"], scheme)
+    del config["scheme"]["kv"]["key_offset"]
+    del config["scheme"]["activations"]["scale_span"]
+    assert parse_quantization_config(config)[1] == scheme

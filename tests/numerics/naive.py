@@ -124,7 +124,9 @@ def quantize_token(row, scheme, real=np.float32):
     largest = [max(abs(value) for value in group) for group in groups]
     progressive = scheme.scale_mode == "progressive"
     scales = [
-        symmetric_scale(value, scheme, scheme.clip_ratio, "full", real, zero_group=0 if progressive else 1)
+        symmetric_scale(
+            value, scheme, scheme.clip_ratio, scheme.scale_span, real, zero_group=0 if progressive else 1
+        )
         for value in largest
     ]
     if progressive:  # a zero group has no say in the base, and the factor 1

@@ -22,6 +22,9 @@ SCHEMES = {
     "progressive": ActivationScheme(group_size=16, scale_mode="progressive", clip_ratio=0.9),
     "progressive-int2": ActivationScheme(n_bits=2, group_size=5, scale_mode="progressive"),
     "wide-group": ActivationScheme(group_size=512),
+    "half-span": ActivationScheme(group_size=16, scale_span="half"),
+    "half-span-int8": ActivationScheme(n_bits=8, group_size=None, scale_span="half", clip_ratio=0.95),
+    "half-span-progressive": ActivationScheme(group_size=16, scale_mode="progressive", scale_span="half"),
 }
 N_OUTLIERS = 8
 WIDTH = 64  # 56 normal channels: groups of 16, 16, 16 and 8
