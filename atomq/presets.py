@@ -82,7 +82,7 @@ PRESETS: dict[str, Recipe] = {
             WeightScheme(n_bits=4, group_size=128),
             ActivationScheme(n_bits=4, group_size=128, scale_span="half"),
         ),
-        SolverConfig(method="gptq", clip_search="hessian", descent_sweeps=4, asymmetry=0.5),
+        SolverConfig(method="gptq", clip_search="hessian", calibration="sequential"),
     ),
     # Weights only and without outliers, as GPTQ and compressed-tensors files hold them.
     "w4a16": Recipe(
