@@ -14,15 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from atomq.checks import (
-    CODE_BITS as CODE_BITS,
-)
-from atomq.checks import (
     FLOAT_BITS as FLOAT_BITS,
-)
-from atomq.checks import (
     NumberFormat as NumberFormat,
-)
-from atomq.checks import (
     ScaleMode,
     check_bits,
     check_fields,

@@ -7,8 +7,7 @@ import dataclasses
 
 import pytest
 import torch
-from tiny_models import TINY_MODELS
-from tiny_models import make_tiny_model as make_wild_model
+from tiny_models import TINY_MODELS, make_tiny_model as make_wild_model
 
 import atomq.block_quantizer as block_quantizer
 from atomq.block_loop import calibrate_blocks, quantize_blocks

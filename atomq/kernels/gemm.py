@@ -11,8 +11,7 @@ from __future__ import annotations
 import torch
 
 from atomq.errors import KernelError
-from atomq.kernels.gemm_schedule import problem as portable_problem
-from atomq.kernels.gemm_schedule import schedule
+from atomq.kernels.gemm_schedule import problem as portable_problem, schedule
 from atomq.kernels.gemm_tiles import (
     OUT_DTYPES,
     W4A16_FEW_TOKENS,

@@ -191,14 +191,14 @@ class QuantizedLinear(nn.Module):
 
     def order_input(self, x: torch.Tensor) -> torch.Tensor:
         """An input [..., in_features] as the codes see it: gathered, in the compute dtype, transformed."""
-        if self.is_gathered:
-            x = x.index_select(-1, self.input_order())
-        x = x.to(compute_dtype(x.dtype))
-        return transform_input(x, self.scheme) if self.scheme.transform == "hadamard" else x
+        return self._as_coded(x, gathered=self.is_gathered)
 
     def order_channels(self, x: torch.Tensor) -> torch.Tensor:
         """What `order_input` makes of an input [..., in_features] of the float model, whoever reorders it."""
-        if self.scheme.outliers.reorder:
+        return self._as_coded(x, gathered=self.scheme.outliers.reorder)
+
+    def _as_coded(self, x: torch.Tensor, *, gathered: bool) -> torch.Tensor:
+        if gathered:
             x = x.index_select(-1, self.input_order())
         x = x.to(compute_dtype(x.dtype))
         return transform_input(x, self.scheme) if self.scheme.transform == "hadamard" else x

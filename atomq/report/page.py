@@ -178,11 +178,8 @@ def _outliers(report: Report) -> str:
     figures = "".join(charts.figure(found.kind, charts.outlier_map(found)) for found in report.outliers)
     rows = [[escape(found.kind), escape(charts.describe_outliers(found))] for found in report.outliers]
     text = "Input channels that are kept in higher precision, a row for each block; darker where they crowd."
-    return (
-        f'<section><h2>Outlier channels</h2><p class=soft>{text}</p><div class="charts">{figures}</div>'
-        f"<details><summary>In words</summary>{table('outliers', ['input of', ''], rows, 'words')}</details>"
-        "</section>"
-    )
+    words = table("outliers", ["input of", ""], rows, "words")
+    return _charts("Outlier channels", text, figures, words)
 
 
 def _scales(report: Report) -> str:
@@ -191,10 +188,14 @@ def _scales(report: Report) -> str:
     figures = "".join(charts.figure(found.kind, charts.histogram(found)) for found in report.scales)
     rows = [[escape(found.kind), escape(charts.describe_scales(found))] for found in report.scales]
     text = "How large one step of a code is, over all blocks; the axis is logarithmic."
+    return _charts("Weight scales", text, figures, table("scales", ["linear", ""], rows, "words"))
+
+
+def _charts(title: str, text: str, figures: str, words: str) -> str:
+    """A section of charts, with what they show in words folded below."""
     return (
-        f'<section><h2>Weight scales</h2><p class=soft>{text}</p><div class="charts">{figures}</div>'
-        f"<details><summary>In words</summary>{table('scales', ['linear', ''], rows, 'words')}</details>"
-        "</section>"
+        f'<section><h2>{title}</h2><p class=soft>{text}</p><div class="charts">{figures}</div>'
+        f"<details><summary>In words</summary>{words}</details></section>"
     )
 
 

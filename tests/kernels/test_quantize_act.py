@@ -7,8 +7,7 @@ import torch
 
 from atomq.config import ActivationScheme
 from atomq.errors import KernelError
-from atomq.kernels import activations as fronts
-from atomq.kernels import reference
+from atomq.kernels import activations as fronts, reference
 from atomq.kernels.layout import ActivationFormat, ChannelOrder, NormParameters
 from atomq.kernels.loader import ARCHITECTURES, compile_for
 from atomq.kernels.repack import SLOT_INPUTS, PackedActivations, unpack_activations
