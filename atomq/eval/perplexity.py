@@ -19,6 +19,10 @@ from atomq.errors import AtomqError, ConfigError
 from atomq.eval.windows import TokenWindows
 
 _CHUNK_ELEMENTS = 2**25  # float32 log-probabilities held at once for each model: 128 MiB
+# A GPU predicts several windows at once, of at most so many tokens and logits: one keeps it waiting for Python.
+_BATCH_TOKENS = 2**13
+_BATCH_LOGITS = 2**29
+_ONE_WINDOW_DEVICES = ("cpu",)
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ def evaluate_perplexity(
 
     Args:
         model: a causal language model in evaluation mode, called as `model(input_ids, use_cache=False)` with
-            int64 [1, seq_len] on the model's device and giving `.logits` [1, seq_len, vocab].
+            int64 [n, seq_len] on the model's device and giving `.logits` [n, seq_len, vocab]; n is 1 on a CPU.
         windows: what to predict; see `evaluation_windows`.
         baseline: a second such model with the same vocabulary, on any device.
         on_window: called after each window, for progress.
@@ -85,24 +89,29 @@ def evaluate_perplexity(
     window_kl: list[float] = []
     with torch.inference_mode():
         numbers = distributed.own_share(torch.arange(windows.n_windows)).tolist()
-        for i in numbers:
-            window = windows.token_ids[i]
-            place = f"window {i + 1} of {windows.n_windows} of {windows.corpus}"
-            targets = window[1:]  # (T - 1,)
-            logits = _predict(model, window)  # (T - 1, vocab)
-            window_nll.append(_finite(_mean_nll(logits, targets), "the model's loss", place))
-            if baseline is not None:
-                reference = _predict(baseline, window)
-                baseline_nll.append(_finite(_mean_nll(reference, targets), "the baseline's loss", place))
-                window_kl.append(_finite(_mean_kl(reference, logits), "the KL divergence", place))
-            if on_window is not None:
-                done = PerplexityProgress(
-                    len(window_nll),
-                    len(numbers),
-                    _ppl(window_nll),
-                    _ppl(baseline_nll) if baseline_nll else None,
-                )
-                on_window(done)
+        n_batch = 1
+        while len(window_nll) < len(numbers):
+            batch = numbers[len(window_nll) : len(window_nll) + n_batch]
+            predicted = _predict(model, windows.token_ids[batch])  # (n, T - 1, vocab)
+            references = None if baseline is None else _predict(baseline, windows.token_ids[batch])
+            for row, i in enumerate(batch):
+                logits, targets = predicted[row], windows.token_ids[i, 1:]
+                place = f"window {i + 1} of {windows.n_windows} of {windows.corpus}"
+                window_nll.append(_finite(_mean_nll(logits, targets), "the model's loss", place))
+                if references is not None:
+                    reference = references[row]
+                    baseline_nll.append(_finite(_mean_nll(reference, targets), "the baseline's loss", place))
+                    window_kl.append(_finite(_mean_kl(reference, logits), "the KL divergence", place))
+                if on_window is not None:
+                    done = PerplexityProgress(
+                        len(window_nll),
+                        len(numbers),
+                        _ppl(window_nll),
+                        _ppl(baseline_nll) if baseline_nll else None,
+                    )
+                    on_window(done)
+            n_batch = _windows_at_once(predicted)
+            del predicted, references  # or they would lie there beside the next ones
     window_nll, baseline_nll, window_kl = map(_of_all_processes, (window_nll, baseline_nll, window_kl))
     return PerplexityResult(
         ppl=_ppl(window_nll),
@@ -120,11 +129,21 @@ def _of_all_processes(values: list[float]) -> list[float]:
     return [value for part in distributed.gather(values) for value in part]
 
 
-def _predict(model: torch.nn.Module, window: torch.Tensor) -> torch.Tensor:
-    """Logits [seq_len - 1, vocab] of the tokens after the first, in the model's dtype, on its device."""
-    device = next(itertools.chain(model.parameters(), model.buffers()), window).device
-    logits: torch.Tensor = model(window[None].to(device), use_cache=False).logits
-    return logits[0, :-1]
+def _predict(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    """Logits [n, seq_len - 1, vocab] of all tokens of `batch` [n, seq_len] but the first of each window, in
+    the model's dtype, on its device.
+    """
+    device = next(itertools.chain(model.parameters(), model.buffers()), batch).device
+    logits: torch.Tensor = model(batch.to(device), use_cache=False).logits
+    return logits[:, :-1]
+
+
+def _windows_at_once(predicted: torch.Tensor) -> int:
+    """How many windows to predict in one pass, after one that gave `predicted` [n, seq_len - 1, vocab]."""
+    if predicted.device.type in _ONE_WINDOW_DEVICES:
+        return 1
+    n_tokens, n_logits = predicted.shape[1] + 1, predicted[0].numel()
+    return max(1, min(_BATCH_TOKENS // n_tokens, _BATCH_LOGITS // n_logits))
 
 
 def _chunks(logits: torch.Tensor) -> Iterator[slice]:

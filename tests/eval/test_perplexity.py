@@ -122,6 +122,25 @@ def test_the_model_gets_one_int64_window_at_a_time_and_no_cache(windows):
     assert model.calls == [((1, 17), torch.int64, {"use_cache": False})] * 3
 
 
+@pytest.mark.parametrize(
+    ("logits_at_once", "sizes"), [(10**9, [1, 3, 1]), (2 * 16 * 256, [1, 2, 2]), (1, [1] * 5)]
+)
+def test_windows_predicted_together_on_a_gpu_give_the_same(monkeypatch, logits_at_once, sizes):
+    windows = windows_of(torch.randint(2, 256, (5, 17), generator=torch.Generator().manual_seed(3)))
+    model, baseline = make_tiny_model(), make_tiny_model(seed=1)
+    one_by_one = evaluate_perplexity(model, windows, baseline)
+    monkeypatch.setattr(perplexity, "_BATCH_TOKENS", 3 * 17 + 1)
+    monkeypatch.setattr(perplexity, "_BATCH_LOGITS", logits_at_once)
+    monkeypatch.setattr(perplexity, "_ONE_WINDOW_DEVICES", ())  # this CPU shall do as GPUs do
+    seen: list[int] = []
+    model.register_forward_pre_hook(lambda _module, args: seen.append(len(args[0])))
+    together = evaluate_perplexity(model, windows, baseline)
+    assert seen == sizes
+    assert together.window_nll == pytest.approx(one_by_one.window_nll, rel=1e-6)
+    assert together.baseline_window_nll == pytest.approx(one_by_one.baseline_window_nll, rel=1e-6)
+    assert together.kl == pytest.approx(one_by_one.kl, rel=1e-5)
+
+
 def test_progress_is_reported_after_each_window(windows):
     model, baseline = make_tiny_model(), make_tiny_model(seed=1)
     seen: list[PerplexityProgress] = []
