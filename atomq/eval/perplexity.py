@@ -19,7 +19,7 @@ from atomq.errors import AtomqError, ConfigError
 from atomq.eval.windows import TokenWindows
 
 _CHUNK_ELEMENTS = 2**25  # float32 log-probabilities held at once for each model: 128 MiB
-# A GPU predicts several windows at once, of at most so many tokens and logits: one keeps it waiting for Python.
+# A GPU predicts several windows at once, of at most so many tokens and logits: it outruns Python at one.
 _BATCH_TOKENS = 2**13
 _BATCH_LOGITS = 2**29
 _ONE_WINDOW_DEVICES = ("cpu",)
@@ -75,7 +75,7 @@ def evaluate_perplexity(
 
     Args:
         model: a causal language model in evaluation mode, called as `model(input_ids, use_cache=False)` with
-            int64 [n, seq_len] on the model's device and giving `.logits` [n, seq_len, vocab]; n is 1 on a CPU.
+            int64 [n, seq_len] on the model's device and giving `.logits` [n, seq_len, vocab]; n is 1 on CPUs.
         windows: what to predict; see `evaluation_windows`.
         baseline: a second such model with the same vocabulary, on any device.
         on_window: called after each window, for progress.
