@@ -9,14 +9,25 @@ import torch
 
 from atomq.cli import main
 from atomq.commands import console
-from atomq.commands.bench_e2e import _print, _ratios
+from atomq.commands.bench_e2e import _ratios
+from atomq.commands.e2e_output import print_record
 from atomq.eval import e2e_bench
 from atomq.eval.attention_bench import layouts
-from atomq.eval.e2e_bench import Ceiling, Footprint, Step
+from atomq.eval.e2e_bench import Ceiling, Footprint, Step, describe_cache
+from atomq.eval.e2e_profile import Span, shares
 from atomq.eval.e2e_trace import Request, run_trace, workload
 from atomq.formats.e2e_plot import draw_throughput
+from atomq.kernels.kv_pages import PageFormat
+from atomq.presets import DEFAULT_PRESET, find_preset
 from atomq.runtime.decoder import Cache
-from atomq.runtime.random_decoder import SCHEMES, SHAPES, DecoderShape, cache_layout, random_decoder
+from atomq.runtime.random_decoder import (
+    SCHEMES,
+    SHAPES,
+    DecoderShape,
+    cache_layout,
+    cache_scheme,
+    random_decoder,
+)
 
 CPU = torch.device("cpu")
 TINY = DecoderShape(
@@ -25,9 +36,9 @@ TINY = DecoderShape(
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 
 
-def tiny_decoder(scheme, n_layers=2):
+def tiny_decoder(scheme, n_layers=2, key_position=None):
     torch.manual_seed(0)
-    return random_decoder(TINY, scheme, n_layers, 128, CPU)
+    return random_decoder(TINY, scheme, n_layers, 128, CPU, key_position)
 
 
 @needs_no_gpu
@@ -44,6 +55,7 @@ def test_without_a_gpu_it_says_so(capsys):
         (["--layers", "33"], "--layers 33 must lie between 1 and the 32 of the model"),
         (["--schemes", "w4a4,w2a2"], "unknown scheme 'w2a2'; schemes are w4a4"),
         (["--context", "0"], "--context must be at least 1"),
+        (["--key-position", "none"], "--key-position none is not one of before_rope, after_rope"),
         (["--save", "record.txt"], "record.txt must end in .json"),
         (["--plot", "figure.pdf"], "figure.pdf must end in .png or .svg"),
     ],
@@ -53,9 +65,12 @@ def test_bad_input_is_refused(arguments, message, capsys):
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_random_decoders_of_every_scheme_compute_something_sane(scheme):
-    decoder = tiny_decoder(scheme)
+@pytest.mark.parametrize(
+    ("scheme", "key_position"),
+    [*((scheme, None) for scheme in SCHEMES), ("w4a4", "before_rope"), ("w4a4", "after_rope")],
+)
+def test_random_decoders_of_every_scheme_compute_something_sane(scheme, key_position):
+    decoder = tiny_decoder(scheme, key_position=key_position)
     cache = Cache(decoder, 2, 64)
     prompts = [torch.arange(5), torch.arange(3)]
     logits = decoder.prefill(prompts, [0, 1], cache)
@@ -64,6 +79,38 @@ def test_random_decoders_of_every_scheme_compute_something_sane(scheme):
     for found in (logits, after):
         assert found.isfinite().all()
         assert 0.1 < found.float().std() < 10
+
+
+def test_the_cache_is_the_default_presets_unless_it_is_asked_for():
+    preset = find_preset(DEFAULT_PRESET).scheme.kv
+    assert tiny_decoder("w4a4").layout == PageFormat.of(preset, TINY.n_kv_heads, TINY.head_dim)
+    told = {place: describe_cache(tiny_decoder("w4a4", 1, place)) for place in ("before_rope", "after_rope")}
+    assert told == {
+        "before_rope": "4 bits, K before RoPE less an offset, Hadamard",
+        "after_rope": "4 bits, K after RoPE, Hadamard",
+    }
+    assert describe_cache(tiny_decoder("int8", 1, "before_rope")) == "8 bits, K after RoPE"
+
+
+def test_shares_of_overlapping_kernels_add_up_to_the_step():
+    spans = [
+        Span("quantize_act", 10.0, 14.0),
+        Span("sm90_w4a4_gemm", 12.0, 30.0),  # launched early: it waits until 14
+        Span("kv_attention", 31.0, 41.0),
+        Span("void at::native::add", 41.0, 42.5),
+        Span("nvjet_hsh_128x64", 43.0, 44.0),
+    ]
+    found = shares(reversed(spans))
+    assert found == {
+        "attention": 10.0,
+        "append": 0.0,
+        "quantize": 4.0,
+        "products": 17.0,
+        "others": 1.5,
+        "launches": 1.5,
+    }
+    assert sum(found.values()) == 44.0 - 10.0
+    assert not any(shares([]).values())
 
 
 def test_the_footprint_is_that_of_all_layers():
@@ -81,7 +128,9 @@ def test_the_footprint_is_that_of_all_layers():
 def test_llama_2_7b_has_the_bytes_that_are_known_of_it():
     shape = SHAPES["llama-2-7b"]
     assert shape.n_parameters == 6_607_077_376  # of 6.74e9 with the embeddings
-    tokens = {scheme: cache_layout(shape, scheme).token_bytes * shape.n_layers for scheme in SCHEMES}
+    tokens = {
+        scheme: cache_layout(shape, scheme, cache_scheme()).token_bytes * shape.n_layers for scheme in SCHEMES
+    }
     assert tokens["fp16"] == 524_288
     assert tokens["w4a4"] == 524_288 // 4 + 2 * 32 * 32 * 4
     assert tokens["int8"] == 524_288 // 2 + 2 * 32 * 32 * 4
@@ -124,16 +173,23 @@ def test_ratios_say_when_there_is_no_valid_baseline(capsys, monkeypatch):
         "model": "llama-2-7b",
         "gpu": "some GPU",
         "context": 1024,
+        "memory_gib": 0.5,
         "n_layers": 32,
         "n_layers_measured": 8,
+        "kv_cache": {"w4a4": "4 bits"},
         "steps": [s.to_dict() for s in steps],
         "ratios": ratios,
         "prefill_us": {"w4a4": 5000.0},
     }
-    _print(record)
+    record["steps"][0]["shares"] = {"attention": 700.0, "launches": 300.0}
+    print_record(record)
     shown = " ".join(capsys.readouterr().out.split())
     assert "8 of 32 layers measured, step = head + (measured - head) x 32 / 8" in shown
     assert "no valid baseline: 50 % of its floor" in shown
+    assert "1.0, over 0.5" in shown
+    assert "7.7x of FP16 and 2.5x of INT8, are of an RTX 4090" in shown
+    assert "where a step's time goes" in shown
+    assert "0.70" in shown
 
 
 def test_w4a16_is_left_out_where_its_kernel_is_not_made_for():
@@ -163,7 +219,7 @@ def test_a_trace_serves_every_request(n_pages):
 
 
 def test_attention_is_timed_for_every_cache_that_a_head_allows():
-    assert len(layouts(8, 128)) == 5
+    assert len(layouts(8, 128)) == 6
     assert "int4 before RoPE, Hadamard" not in layouts(8, 96)
 
 

@@ -9,6 +9,7 @@ import typer
 
 from atomq.commands import console
 from atomq.commands.bench_gemm import parse_tokens
+from atomq.commands.e2e_output import print_record
 from atomq.commands.options import JsonOption
 from atomq.errors import ConfigError
 
@@ -43,6 +44,13 @@ def command(
     attention: Annotated[
         bool, typer.Option("--attention", help="Time decode attention alone, beside torch's.")
     ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Say how much of a step is products, attention, launches, ...")
+    ] = False,
+    key_position: Annotated[
+        str | None,
+        typer.Option(help="K of W4A4's cache: before_rope or after_rope. Default: as the default preset."),
+    ] = None,
     trace: Annotated[
         int, typer.Option(metavar="N", help="Serve N requests by continuous batching, too.")
     ] = 0,
@@ -58,6 +66,8 @@ def command(
             raise ConfigError(f"{path} must end in {' or '.join(endings)}")
     if context < 1 or memory_gb <= 0 or trace < 0:
         raise ConfigError("--context must be at least 1, --memory-gb above 0 and --trace at least 0")
+    if key_position not in (None, "before_rope", "after_rope"):
+        raise ConfigError(f"--key-position {key_position} is not one of before_rope, after_rope")
     counts = parse_tokens(batches)
     from atomq.eval import e2e_bench
 
@@ -67,8 +77,9 @@ def command(
         raise ConfigError(f"--layers {layers} must lie between 1 and the {shape.n_layers} of the model")
     names = _schemes(schemes)
     ceiling = e2e_bench.measure_ceiling()
-    decoders = _decoders(shape, names, n_layers, max(context, 2048 if trace else 0), opened)
-    steps = _measure(decoders, shape, counts, context, memory_gb * _GIB, ceiling)
+    n_positions = max(64, context, 2048 if trace else 0)
+    decoders = _decoders(shape, names, n_layers, n_positions, key_position, opened)
+    steps = _measure(decoders, shape, counts, context, memory_gb * _GIB, ceiling, profile)
     record: dict[str, Any] = {
         **_environment(ceiling),
         "model": model if checkpoint is None else checkpoint.name,
@@ -76,6 +87,7 @@ def command(
         "n_layers_measured": n_layers,
         "context": context,
         "memory_gib": memory_gb,
+        "kv_cache": {name: e2e_bench.describe_cache(decoder) for name, decoder in decoders.items()},
         "steps": [step.to_dict() for step in steps],
         "ratios": _ratios(steps),
     }
@@ -97,7 +109,7 @@ def command(
     if json_output:
         console.print_json(record)
     else:
-        _print(record)
+        print_record(record)
 
 
 def _shape(model: str, checkpoint: Path | None, context: int) -> tuple[DecoderShape, Decoder | None]:
@@ -142,7 +154,12 @@ def _schemes(only: str | None) -> list[str]:
 
 
 def _decoders(
-    shape: DecoderShape, names: list[str], n_layers: int, n_positions: int, opened: Decoder | None
+    shape: DecoderShape,
+    names: list[str],
+    n_layers: int,
+    n_positions: int,
+    key_position: Any,
+    opened: Decoder | None,
 ) -> dict[str, Decoder]:
     import dataclasses
 
@@ -156,7 +173,7 @@ def _decoders(
             if scheme in names:
                 on_progress(len(decoders), len(names), scheme)
                 decoders[scheme] = random_decoder(
-                    shape, scheme, n_layers, max(64, n_positions), torch.device("cuda", 0)
+                    shape, scheme, n_layers, n_positions, torch.device("cuda", 0), key_position
                 )
     if opened is not None:
         decoders["checkpoint"] = dataclasses.replace(opened, blocks=opened.blocks[:n_layers])
@@ -170,6 +187,7 @@ def _measure(
     context: int,
     budget: float,
     ceiling: Ceiling,
+    profile: bool,
 ) -> list[Step]:
     from atomq.eval import e2e_bench
 
@@ -185,7 +203,9 @@ def _measure(
     with console.progress("bench-e2e") as on_progress:
         for index, (kind, case) in enumerate(cases):
             on_progress(index, len(cases), f"{kind} {max(case.values(), default=0)}")
-            steps += e2e_bench.measure_steps(kind, decoders, case, context, shape, memory, ceiling)
+            steps += e2e_bench.measure_steps(
+                kind, decoders, case, context, shape, memory, ceiling, profile=profile
+            )
     return steps
 
 
@@ -271,62 +291,3 @@ def _environment(ceiling: Ceiling) -> dict[str, Any]:
         "read_gb_per_s": 1e-9 * ceiling.bandwidth,
         **describe_method(),
     }
-
-
-def _print(record: dict[str, Any]) -> None:
-    title = f"{record['model']}, {record['context']} tokens, {record['gpu']}"
-    if record["n_layers_measured"] < record["n_layers"]:
-        title += (
-            f"; {record['n_layers_measured']} of {record['n_layers']} layers measured, "
-            f"step = head + (measured - head) x {record['n_layers']} / {record['n_layers_measured']}"
-        )
-    rows = [
-        [
-            step["comparison"],
-            step["scheme"],
-            str(step["batch"]),
-            f"{1e-3 * step['step_us']:.2f}",
-            f"{step['tokens_per_s']:.0f}",
-            f"{100 * step['floor_fraction']:.0f} %",
-            f"{step['memory_bytes'] / _GIB:.1f}",
-        ]
-        for step in record["steps"]
-    ]
-    columns = ["comparison", "scheme", "batch", "ms a step", "tokens/s", "of floor", "GiB"]
-    console.print_table(title, columns, rows, n_texts=2)
-    rows = [
-        [
-            r["comparison"],
-            r["scheme"],
-            r["baseline"],
-            f"{r['batch']} / {r['baseline_batch']}",
-            f"{r['measured']:.2f}x",
-            f"{r['at_floors']:.2f}x",
-            f"{'' if r['baseline_is_valid'] else 'no valid baseline: '}"
-            f"{100 * r['baseline_floor_fraction']:.0f} % of its floor",
-        ]
-        for r in record["ratios"]
-    ]
-    columns = ["comparison", "scheme", "over", "batches", "measured", "at both floors", "baseline"]
-    console.print_table("throughput over baselines", columns, rows, n_texts=3)
-    if "prefill_us" in record:
-        rows = [[name, f"{1e-3 * us:.1f}"] for name, us in record["prefill_us"].items()]
-        console.print_table(f"a prompt of {record['context']} tokens", ["scheme", "ms"], rows)
-    if "attention" in record:
-        rows = [
-            [r["name"], f"{r['us']:.1f}", f"{100 * r['floor_fraction']:.0f} %"] for r in record["attention"]
-        ]
-        console.print_table("decode attention, batch 128", ["cache", "us", "of floor"], rows)
-    if "trace" in record:
-        rows = [
-            [
-                name,
-                str(t["n_rows"]),
-                f"{t['tokens_per_s']:.0f}",
-                f"{t['request_p50_s']:.2f} / {t['request_p99_s']:.2f}",
-                f"{t['token_p50_ms']:.1f} / {t['token_p99_ms']:.1f}",
-            ]
-            for name, t in record["trace"].items()
-        ]
-        columns = ["scheme", "rows", "tokens/s", "request p50 / p99, s", "token p50 / p99, ms"]
-        console.print_table("continuous batching", columns, rows)

@@ -49,17 +49,15 @@ def command(
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
     backend: Annotated[
         str,
-        typer.Option(
-            help="simulation, kernels (its linears on the GPU's kernels), or decoder (all on the kernels)."
-        ),
+        typer.Option(help="simulation, or kernels: decode by the GPU's kernels, each step a CUDA graph."),
     ] = "simulation",
     json_output: JsonOption = False,
 ) -> None:
     texts = [*(prompts or []), *_read_prompts(prompt_file)]
     if max_new_tokens < 1 or not 0 <= temperature < float("inf") or not texts or not all(texts):
         raise ConfigError("give a prompt, --max-new-tokens of at least 1 and a --temperature of at least 0")
-    if backend not in ("simulation", "kernels", "decoder"):
-        raise ConfigError(f"--backend {backend} is not one of simulation, kernels, decoder")
+    if backend not in ("simulation", "kernels"):
+        raise ConfigError(f"--backend {backend} is not one of simulation, kernels")
     if not all(stop or []):
         raise ConfigError("--stop takes a text that is not empty")
     from atomq import checkpoints, hf
@@ -136,15 +134,24 @@ class _Continuation:
 def _generator(
     model: PreTrainedModel, backend: str, longest: int, dtype: Any
 ) -> Callable[[list[list[int]], Sampling, OnToken], list[list[int]]]:
-    """What continues prompts of up to `longest` tokens in all: a decoder of kernels, or the model itself."""
+    """What continues prompts of up to `longest` tokens in all: a decoder of kernels, or the model itself.
+
+    Where the kernels' runtime does not take a model, the kernels compute its linears inside transformers.
+    """
     from atomq.kernels.kv_pages import PAGE_TOKENS
     from atomq.runtime.generate import generate, simulate
-    from atomq.runtime.loading import decoder_of
+    from atomq.runtime.loading import decoder_of, runtime_problem
 
-    if backend == "decoder":
-        decoder = decoder_of(model, max(longest, PAGE_TOKENS), dtype)
-        return lambda *arguments: generate(decoder, *arguments)
-    choose_backend(model, backend)
+    n_positions = max(longest, PAGE_TOKENS)
+    if backend == "kernels":
+        problem = runtime_problem(model, n_positions)
+        if problem is None:
+            if model.device.type != "cuda":
+                console.warn(["no GPU here: the kernels' twins in torch compute, which are slow"])
+            decoder = decoder_of(model, n_positions, dtype)
+            return lambda *arguments: generate(decoder, *arguments)
+        console.warn([f"only the linears run on the kernels, one prompt after the other: {problem}"])
+        choose_backend(model, backend)
     return lambda *arguments: simulate(model, *arguments)
 
 

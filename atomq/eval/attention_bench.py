@@ -17,12 +17,22 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from atomq.config import KVScheme
 from atomq.errors import KernelError
 from atomq.eval.gemm_timing import Launch, n_copies, time_in_turns
 from atomq.kernels.kv_cache import decode_attention
 from atomq.kernels.kv_pages import HeadParameters, PageFormat
 from atomq.runtime.decoder import pages_for
 
+CACHES = {
+    "int4 after RoPE, Hadamard": KVScheme(4, key_position="after_rope", rotation="hadamard"),
+    "int4 before RoPE": KVScheme(4),
+    "int4 before RoPE, Hadamard": KVScheme(4, rotation="hadamard"),
+    "int4 before RoPE, Hadamard, offset": KVScheme(4, rotation="hadamard", key_offset=True),
+    "int8 after RoPE": KVScheme(8, key_position="after_rope"),
+    "float16": KVScheme(),
+}
+"""What our kernel decodes from."""
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
@@ -54,22 +64,11 @@ class Result:
 
 
 def layouts(n_heads: int, head_dim: int) -> dict[str, PageFormat]:
-    """Our kernel's kinds of cache; head dims that no kind takes are left out."""
-    kinds: dict[str, Callable[[], PageFormat]] = {
-        "int4 after RoPE, Hadamard": lambda: PageFormat(
-            n_heads, head_dim, 4, "after_rope", "hadamard", "hadamard"
-        ),
-        "int4 before RoPE": lambda: PageFormat(n_heads, head_dim, 4, "before_rope"),
-        "int4 before RoPE, Hadamard": lambda: PageFormat(
-            n_heads, head_dim, 4, "before_rope", "hadamard", "hadamard"
-        ),
-        "int8 after RoPE": lambda: PageFormat(n_heads, head_dim, 8, "after_rope"),
-        "float16": lambda: PageFormat(n_heads, head_dim, 16, "after_rope"),
-    }
+    """The pages of `CACHES` by name; those that the kernel does not take at this head dim are left out."""
     taken = {}
-    for name, make in kinds.items():
+    for name, scheme in CACHES.items():
         try:
-            taken[name] = make()
+            taken[name] = PageFormat.of(scheme, n_heads, head_dim)
         except KernelError:
             continue
     return taken
@@ -80,7 +79,8 @@ def bench(case: Case, bandwidth: float, on_left_out: Callable[[str], None]) -> I
     launches: dict[str, tuple[list[Launch], int]] = {}
     for name, layout in layouts(case.n_heads, case.head_dim).items():
         moved = case.batch * case.context * layout.token_bytes
-        launches[name] = (_ours(case, layout, n_copies(moved)), moved)
+        has_offset = CACHES[name].has_key_offset
+        launches[name] = (_ours(case, layout, has_offset, n_copies(moved)), moved)
     moved = 4 * case.batch * case.context * case.n_heads * case.head_dim
     for name, backend in BACKENDS.items():
         try:
@@ -93,12 +93,13 @@ def bench(case: Case, bandwidth: float, on_left_out: Callable[[str], None]) -> I
         yield Result(name, case, timing.graph_us, timing.graph_p10_us, timing.graph_p90_us, moved, floor)
 
 
-def _ours(case: Case, layout: PageFormat, copies: int) -> list[Launch]:
+def _ours(case: Case, layout: PageFormat, has_offset: bool, copies: int) -> list[Launch]:
     angles = torch.arange(max(64, case.context), device="cuda")[:, None] * torch.logspace(
         0, -4, case.head_dim // 2, device="cuda"
     )
     rotary = torch.stack((angles.cos(), angles.sin()), dim=-1).contiguous()
-    heads = HeadParameters.of(rotary, case.head_dim**-0.5)
+    offset = torch.randn(case.n_heads, case.head_dim, device="cuda") if has_offset else None
+    heads = HeadParameters.of(rotary, case.head_dim**-0.5, key_offset=offset)
     query = _normal(case.batch, case.n_heads * case.group, case.head_dim)
     lengths = torch.full((case.batch,), case.context, dtype=torch.int32, device="cuda")
     per_row = pages_for(case.context)

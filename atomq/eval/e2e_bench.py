@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from atomq.errors import ConfigError, KernelError
-from atomq.eval.gemm_timing import time_in_turns
+from atomq.eval.e2e_profile import profile_step
+from atomq.eval.gemm_timing import Launch, time_in_turns
 from atomq.kernels.kv_pages import PAGE_TOKENS
 from atomq.runtime.decoder import Cache, Decoder, pages_for
 from atomq.runtime.random_decoder import DecoderShape
@@ -71,6 +72,8 @@ class Step:
         head_us: embedding, final norm and output head alone.
         floor_us: bytes of weights and cache over the bandwidth, or operations over the peak if that is more.
         memory_bytes: of the whole model with its cache.
+        shares: microseconds of the whole model by kind of work (`e2e_profile`), from a replay under CUDA's
+            trace; None if that was not asked for.
     """
 
     comparison: str
@@ -85,6 +88,7 @@ class Step:
     p90_us: float
     floor_us: float
     memory_bytes: int
+    shares: dict[str, float] | None = None
 
     @property
     def tokens_per_s(self) -> float:
@@ -97,6 +101,15 @@ class Step:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {**asdict(self), "tokens_per_s": self.tokens_per_s, "floor_fraction": self.floor_fraction}
+
+
+def describe_cache(decoder: Decoder) -> str:
+    """What a decoder's pages hold, in words."""
+    layout = decoder.layout
+    position = "before" if layout.key_mode else "after"
+    offset = " less an offset" if layout.key_mode and decoder.blocks[0].heads.key_offset is not None else ""
+    rotation = ", Hadamard" if layout.rotates_keys else ""
+    return f"{layout.n_bits} bits, K {position} RoPE{offset}{rotation}"
 
 
 def ratio(ours: Step, other: Step) -> tuple[float, float, bool]:
@@ -146,6 +159,8 @@ def measure_steps(
     shape: DecoderShape,
     memory: torch.Tensor,
     ceiling: Ceiling,
+    *,
+    profile: bool = False,
 ) -> Iterator[Step]:
     """Time one step of each scheme at its batch, in turns; schemes whose batch is 0 are left out.
 
@@ -153,24 +168,27 @@ def measure_steps(
     sane codes and ranges in any layout.
     """
     names = [name for name in decoders if batches.get(name)]
-    launches = []
+    launches: list[Launch] = []
     for name in names:
         decoder, batch = decoders[name], batches[name]
-        launches += [[_step(decoder, batch, context, memory)], [_head(decoder, batch)]]
-    timings = time_in_turns(launches)
-    for name, step, head in zip(names, timings[::2], timings[1::2], strict=True):
+        launches += [_step(decoder, batch, context, memory), _head(decoder, batch)]
+    timings = time_in_turns([[launch] for launch in launches])
+    traced = [profile_step(launch) for launch in launches] if profile else [{}] * len(launches)
+    for index, name in enumerate(names):
         decoder, batch = decoders[name], batches[name]
-        prints, n_layers = footprint(decoder, shape), len(decoder.blocks)
+        prints, scaling = footprint(decoder, shape), shape.n_layers / len(decoder.blocks)
+        step, head = timings[2 * index : 2 * index + 2]
+        step_shares, head_shares = traced[2 * index : 2 * index + 2]
 
-        def whole(us: float, head_us: float = head.graph_us, n_layers: int = n_layers) -> float:
-            return head_us + (us - head_us) * shape.n_layers / n_layers
+        def whole(us: float, head_us: float = head.graph_us, scaling: float = scaling) -> float:
+            return head_us + (us - head_us) * scaling
 
         yield Step(
             comparison=comparison,
             scheme=name,
             batch=batch,
             context=context,
-            n_layers=n_layers,
+            n_layers=len(decoder.blocks),
             measured_us=step.graph_us,
             head_us=head.graph_us,
             step_us=whole(step.graph_us),
@@ -178,6 +196,7 @@ def measure_steps(
             p90_us=whole(step.graph_p90_us),
             floor_us=floor_us(prints, shape, name, batch, context, ceiling),
             memory_bytes=prints.of(batch, context),
+            shares={kind: whole(us, head_shares[kind]) for kind, us in step_shares.items()} or None,
         )
 
 
@@ -232,7 +251,7 @@ def _row_bytes(decoder: Decoder, context: int) -> int:
     return len(decoder.blocks) * pages_for(context) * PAGE_TOKENS * decoder.layout.token_bytes
 
 
-def _step(decoder: Decoder, batch: int, context: int, memory: torch.Tensor) -> Callable[[], object]:
+def _step(decoder: Decoder, batch: int, context: int, memory: torch.Tensor) -> Launch:
     """A step at a fixed length, that leaves the most likely tokens for the next one."""
     cache = Cache(decoder, batch, context, memory=memory)
     order = torch.randperm(cache.table.numel(), device=decoder.device)
@@ -246,7 +265,7 @@ def _step(decoder: Decoder, batch: int, context: int, memory: torch.Tensor) -> C
     return torch.inference_mode()(launch)
 
 
-def _head(decoder: Decoder, batch: int) -> Callable[[], object]:
+def _head(decoder: Decoder, batch: int) -> Launch:
     tokens = torch.randint(len(decoder.embeddings), (batch,), device=decoder.device)
 
     def launch() -> None:

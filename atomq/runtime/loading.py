@@ -30,14 +30,14 @@ def decoder_of(model: PreTrainedModel, max_positions: int, dtype: torch.dtype) -
     Raises:
         KernelError: the model's family, shape or scheme is not one that the runtime takes; it says why.
     """
+    problem = runtime_problem(model, max_positions)
+    if problem is not None:
+        raise KernelError(f"the kernels' runtime cannot run this model: {problem}; use --backend simulation")
     config = model.config
-    _check(config, max_positions)
     parts: Any = model
     device = parts.model.embed_tokens.weight.device
     rotary = _rotary_table(parts.model.rotary_emb, max_positions, device)
-    quantizer = getattr(parts.model.layers[0].self_attn, "atomq_kv", None)
-    scheme = KVScheme() if quantizer is None else quantizer.scheme
-    layout = PageFormat.of(scheme, config.num_key_value_heads, head_dim_of(config))
+    layout = _page_format(model)
     blocks = tuple(
         _block(f"model.layers.{i}", layer, rotary, dtype) for i, layer in enumerate(parts.model.layers)
     )
@@ -52,21 +52,37 @@ def decoder_of(model: PreTrainedModel, max_positions: int, dtype: torch.dtype) -
     )
 
 
-def _check(config: Any, max_positions: int) -> None:
-    problem = ""
+def runtime_problem(model: PreTrainedModel, max_positions: int) -> str | None:
+    """Why `decoder_of` cannot run models of this kind, None if it can; the linears are not looked at."""
+    config = model.config
     rope = getattr(config, "rope_parameters", None) or {}
     if config.model_type not in FAMILIES:
-        problem = f"its family is {config.model_type}; the runtime takes {', '.join(FAMILIES)}"
-    elif config.hidden_act != "silu":
-        problem = f"its activation is {config.hidden_act}; the runtime takes silu"
-    elif rope.get("rope_type", "default") not in _ROPE_TYPES:
-        problem = f"its RoPE is {rope['rope_type']}; the runtime takes {', '.join(_ROPE_TYPES)}"
-    elif rope.get("partial_rotary_factor", 1.0) != 1.0:
-        problem = "its RoPE turns only a part of a head"
-    elif _window(config) < max_positions:
-        problem = f"it attends to windows of {_window(config):.0f} tokens, fewer than {max_positions}"
-    if problem:
-        raise KernelError(f"the kernels' runtime cannot run this model: {problem}; use --backend simulation")
+        return f"its family is {config.model_type}; the runtime takes {', '.join(FAMILIES)}"
+    if config.hidden_act != "silu":
+        return f"its activation is {config.hidden_act}; the runtime takes silu"
+    if rope.get("rope_type", "default") not in _ROPE_TYPES:
+        return f"its RoPE is {rope['rope_type']}; the runtime takes {', '.join(_ROPE_TYPES)}"
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        return "its RoPE turns only a part of a head"
+    if _window(config) < max_positions:
+        return f"it attends to windows of {_window(config):.0f} tokens, fewer than {max_positions}"
+    try:
+        _page_format(model)
+    except KernelError as error:
+        return str(error)
+    return None
+
+
+def _page_format(model: Any) -> PageFormat:
+    """The pages of the model's cache.
+
+    Raises:
+        KernelError: the decode kernel does not take its heads or its scheme.
+    """
+    config = model.config
+    quantizer = getattr(model.model.layers[0].self_attn, "atomq_kv", None)
+    scheme = KVScheme() if quantizer is None else quantizer.scheme
+    return PageFormat.of(scheme, config.num_key_value_heads, head_dim_of(config))
 
 
 def _window(config: Any) -> float:

@@ -13,9 +13,11 @@ from typing import Literal
 
 import torch
 
+from atomq.config import KeyPosition, KVScheme
 from atomq.kernels.kv_pages import HeadParameters, PageFormat
 from atomq.kernels.layout import ActivationFormat
 from atomq.kernels.repack import CanonicalWeight
+from atomq.presets import DEFAULT_PRESET, find_preset
 from atomq.runtime.decoder import Block, Decoder
 from atomq.runtime.stages import Before, FloatStage, Int8Stage, Norm, Stage, W4A4Stage, W4A16Stage
 
@@ -56,23 +58,48 @@ SHAPES: dict[str, DecoderShape] = {
 }
 
 
-def cache_layout(shape: DecoderShape, scheme: Scheme) -> PageFormat:
-    """The KV cache that goes with a scheme: INT4 after RoPE under the Hadamard, INT8, or float16."""
-    layout = PageFormat(shape.n_kv_heads, shape.head_dim, 16, "after_rope")
+def cache_scheme(key_position: KeyPosition | None = None) -> KVScheme:
+    """What the default preset stores of K and V; with `key_position`, K coded there.
+
+    Before RoPE it is coded less an offset.
+    """
+    kv = find_preset(DEFAULT_PRESET).scheme.kv
+    if key_position is None:
+        return kv
+    return replace(kv, key_position=key_position, key_offset=key_position == "before_rope")
+
+
+def cache_layout(shape: DecoderShape, scheme: Scheme, kv: KVScheme) -> PageFormat:
+    """The KV cache that goes with a scheme: `kv` with W4A4, else INT8 or float16 after RoPE."""
     match scheme:
         case "w4a4" | "w4a4-progressive":
-            return replace(layout, n_bits=4, key_rotation="hadamard", value_rotation="hadamard")
+            return PageFormat.of(kv, shape.n_kv_heads, shape.head_dim)
         case "int8":
-            return replace(layout, n_bits=8)
+            return PageFormat(shape.n_kv_heads, shape.head_dim, 8, "after_rope")
         case _:
-            return layout
+            return PageFormat(shape.n_kv_heads, shape.head_dim, 16, "after_rope")
 
 
 def random_decoder(
-    shape: DecoderShape, scheme: Scheme, n_layers: int, max_positions: int, device: torch.device
+    shape: DecoderShape,
+    scheme: Scheme,
+    n_layers: int,
+    max_positions: int,
+    device: torch.device,
+    key_position: KeyPosition | None = None,
 ) -> Decoder:
-    """`n_layers` blocks of a shape, computed by a scheme, float16 between the products."""
-    heads = HeadParameters.of(_rotary(shape.head_dim, max_positions, device), shape.head_dim**-0.5)
+    """`n_layers` blocks of a shape, computed by a scheme, float16 between the products.
+
+    `key_position` as of `cache_scheme`; it changes W4A4 alone.
+    """
+    kv = cache_scheme(key_position)
+    layout = cache_layout(shape, scheme, kv)
+    offset = None
+    if layout.key_mode and kv.has_key_offset:
+        offset = torch.randn(shape.n_kv_heads, shape.head_dim, device=device)
+    heads = HeadParameters.of(
+        _rotary(shape.head_dim, max_positions, device), shape.head_dim**-0.5, key_offset=offset
+    )
     make = _maker(scheme, device)
     norm = Norm(torch.ones(shape.hidden, device=device), _EPSILON)
     width, kv_width = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
@@ -90,7 +117,7 @@ def random_decoder(
         torch.randn(shape.vocabulary, shape.hidden, device=device, dtype=torch.float16) for _ in range(2)
     )
     head *= shape.hidden**-0.5
-    return Decoder(embeddings, blocks, norm, head, shape.n_heads, cache_layout(shape, scheme))
+    return Decoder(embeddings, blocks, norm, head, shape.n_heads, layout)
 
 
 def _rotary(head_dim: int, max_positions: int, device: torch.device) -> torch.Tensor:

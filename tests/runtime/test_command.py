@@ -1,4 +1,4 @@
-"""`atomq generate --backend decoder` on a CPU: the kernels' twins continue prompts as the simulation does."""
+"""`atomq generate --backend kernels` on a CPU: the kernels' twins continue prompts as the simulation does."""
 
 from __future__ import annotations
 
@@ -31,14 +31,18 @@ def test_the_decoder_continues_as_the_simulation_does(checkpoint, capsys):
         assert main([*argv, "--backend", backend, *more]) == 0
         return [one["text"] for one in json.loads(capsys.readouterr().out)["generations"]]
 
-    assert made("decoder") == made("simulation")
+    assert made("kernels") == made("simulation")
     sampled = ("--temperature", "0.9", "--top-k", "20", "--seed", "5")
-    assert made("decoder", *sampled) == made("simulation", *sampled)
+    assert made("kernels", *sampled) == made("simulation", *sampled)
 
 
-def test_a_model_that_the_decoder_does_not_take_is_refused(tmp_path, capsys):
+def test_a_model_that_the_decoder_does_not_take_runs_by_its_linears(tmp_path, capsys):
     model = save_tiny_model(tmp_path / "model")
     out = str(tmp_path / "OUT")
     assert main(["quantize", str(model), out, "--preset", "rtn", "--check", "off", "--quiet"]) == 0
-    assert main(["generate", out, "mix", "--backend", "decoder"]) == 1
-    assert "head_dim 12; the decode kernel takes" in capsys.readouterr().err
+    assert main(["generate", out, "mix", "--backend", "kernels", "--device", "cpu"]) == 1
+    told = capsys.readouterr().err
+    assert "only the linears run on the kernels" in told
+    assert "head_dim 12; the decode kernel takes" in told
+    assert main(["generate", out, "mix", "--backend", "decoder"]) == 2
+    assert "is not one of simulation, kernels" in capsys.readouterr().err
