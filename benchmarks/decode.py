@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch.nn import functional
 
 from atomq import checkpoints, hf
 from atomq.runtime.decoder import Cache, Decoder
-from atomq.runtime.generate import Sampling, generate
+from atomq.runtime.generate import Sampling, generate, simulate
 from atomq.runtime.loading import decoder_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -55,6 +56,36 @@ def compare_greedy(
 
 
 @torch.inference_mode()
+def compare_noise(model: Any, decoder: Decoder, texts: list[list[int]]) -> dict[str, dict[str, float]]:
+    """How far the decoder is from the simulation over all tokens of texts, and the simulation from itself.
+
+    The latter reads each text with five more tokens behind it, which causal attention must not see: sums are
+    rounded in another order, and codes on an edge fall to the other side. Of both: the part of tokens after
+    which another token is the most likely, and the median relative distance of the logits.
+    """
+    found: dict[str, list[tuple[bool, float]]] = {"kernels": [], "simulation": []}
+    for text in texts:
+        ids = torch.tensor(text, device=decoder.device)
+        logits = model(ids[None]).logits[0].float()
+        longer = torch.cat((ids, ids[:5]))
+        others = {
+            "kernels": decoder.prefill([ids], [0], Cache(decoder, 1, len(text)), after_every_token=True),
+            "simulation": model(longer[None]).logits[0, : len(text)],
+        }
+        for name, other in others.items():
+            differs = (other.argmax(-1) != logits.argmax(-1)).tolist()
+            distances = ((other.float() - logits).norm(dim=-1) / logits.norm(dim=-1)).tolist()
+            found[name] += zip(differs, distances, strict=True)
+    return {
+        name: {
+            "differs": sum(differs for differs, _ in pairs) / len(pairs),
+            "distance": statistics.median(distance for _, distance in pairs),
+        }
+        for name, pairs in found.items()
+    }
+
+
+@torch.inference_mode()
 def perplexity(compute: Any, windows: list[torch.Tensor]) -> float:
     """Of windows of tokens; `compute` gives the logits [T, vocabulary] of one."""
     losses = [float(functional.cross_entropy(compute(w)[:-1].float(), w[1:])) for w in windows]
@@ -62,12 +93,25 @@ def perplexity(compute: Any, windows: list[torch.Tensor]) -> float:
 
 
 def tokens_per_s(decoder: Decoder, prompts: list[list[int]], batch: int, n_tokens: int) -> float:
-    """Of a generation, prompts and capture of the graph included."""
+    """Of the steps alone: a generation of `n_tokens` more than another one of the same prompts."""
     many = (prompts * math.ceil(batch / len(prompts)))[:batch]
     generate(decoder, many, Sampling(2))  # kernels compile
+
+    def seconds(n: int) -> float:
+        start = time.perf_counter()
+        generate(decoder, many, Sampling(n))
+        return time.perf_counter() - start
+
+    few = seconds(2)
+    return batch * n_tokens / (seconds(n_tokens + 2) - few)
+
+
+def simulation_tokens_per_s(model: Any, prompt: list[int], n_tokens: int) -> float:
+    """Of one prompt, its own tokens included in the time."""
+    simulate(model, [prompt], Sampling(1))
     start = time.perf_counter()
-    made = generate(decoder, many, Sampling(n_tokens))
-    return sum(map(len, made)) / (time.perf_counter() - start)
+    made = simulate(model, [prompt], Sampling(n_tokens))
+    return len(made[0]) / (time.perf_counter() - start)
 
 
 def run(
@@ -89,12 +133,16 @@ def run(
         "seq_len": seq_len,
         "ppl": {"simulation": perplexity(lambda w: model(w[None]).logits[0], windows)},
         "greedy": {},
+        "noise": {},
         "tokens_per_s": {},
+        "simulation_tokens_per_s": simulation_tokens_per_s(model, ids[0], min(n_tokens, 16)),
     }
-    longest = max(seq_len, max(map(len, ids)) + n_tokens, 64)
+    longest = max(seq_len, max(map(len, ids)) + n_tokens + 2, 64)
     for name, dtype in DTYPES.items():
         decoder = decoder_of(model, longest, dtype)
         record["greedy"][name] = compare_greedy(model, decoder, ids, n_tokens)
+        texts = [p + made for p, made in zip(ids, generate(decoder, ids, Sampling(n_tokens)), strict=True)]
+        record["noise"][name] = compare_noise(model, decoder, texts)
         record["ppl"][name] = perplexity(
             lambda w, d=decoder: d.prefill([w], [0], Cache(d, 1, len(w)), after_every_token=True), windows
         )

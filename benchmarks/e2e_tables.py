@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 _GIB = 2**30
@@ -41,6 +42,81 @@ def ratios_table(record: dict[str, Any]) -> str:
             f"{row['batch']} / {row['baseline_batch']} | {row['measured']:.2f}x | {row['at_floors']:.2f}x | "
             f"{100 * row['measured'] / row['at_floors']:.0f} % | "
             f"{validity}{100 * row['baseline_floor_fraction']:.0f} % of its floor |"
+        )
+    return "\n".join(lines)
+
+
+def shares_table(record: dict[str, Any]) -> str:
+    """Where a step's time goes, by kind of work, under CUDA's trace."""
+    steps = [step for step in record["steps"] if step["shares"]]
+    kinds = list(steps[0]["shares"])
+    lines = [
+        f"| scheme | batch | {' | '.join(kinds)} | sum, ms |",
+        "| --- " * (len(kinds) + 3) + "|",
+    ]
+    for step in steps:
+        total = sum(step["shares"].values())
+        parts = " | ".join(f"{100 * step['shares'][kind] / total:.0f} %" for kind in kinds)
+        lines.append(f"| {step['scheme']} | {step['batch']} | {parts} | {1e-3 * total:.2f} |")
+    return "\n".join(lines)
+
+
+def e2e_tables(record: dict[str, Any]) -> str:
+    """Everything of one shape: steps, caches, ratios, and shares where they were measured."""
+    caches = "; ".join(f"{name} {cache}" for name, cache in record["kv_cache"].items())
+    parts = [steps_table(record), f"KV caches: {caches}.", ratios_table(record)]
+    if any(step["shares"] for step in record["steps"]):
+        parts.append(shares_table(record))
+    return "\n\n".join(parts)
+
+
+def trace_table(record: dict[str, Any]) -> str:
+    """Continuous batching of one seeded workload, each scheme with the rows of its largest batch."""
+    lines = [
+        f"{record['model']}, {record['memory_gib']:g} GiB, "
+        f"{next(iter(record['trace'].values()))['n_requests']} requests.",
+        "",
+        "| scheme | rows | tokens/s | request p50 / p99, s | token p50 / p99, ms |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, t in record["trace"].items():
+        lines.append(
+            f"| {name} | {t['n_rows']} | {t['tokens_per_s']:.0f} | "
+            f"{t['request_p50_s']:.2f} / {t['request_p99_s']:.2f} | "
+            f"{t['token_p50_ms']:.1f} / {t['token_p99_ms']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def decode_table(record: dict[str, Any]) -> str:
+    """A real checkpoint on the decode path: perplexity, greedy tokens, speed, by dtype of the activations."""
+    base, n_tokens = record["ppl"]["simulation"], record["n_tokens"]
+
+    def noise(path: str, dtype: str = "float32") -> str:
+        found = record["noise"][dtype][path]
+        return f"{100 * found['differs']:.1f} % | {100 * found['distance']:.1f} %"
+
+    lines = [
+        f"{record['checkpoint']}: {record['n_windows']} windows of {record['seq_len']} tokens, "
+        f"{len(next(iter(record['greedy'].values())))} prompts of {n_tokens} greedy tokens.",
+        "",
+        "| path | perplexity | to the simulation | equal tokens, median | another most likely token | "
+        "logits off by | tokens/s (batch) |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"| simulation | {base:.3f} | | | {noise('simulation')} | "
+        f"{record['simulation_tokens_per_s']:.0f} (1) |",
+    ]
+    for name, rows in record["greedy"].items():
+        rates = ", ".join(
+            f"{rate:.0f} ({key.rsplit(' ', 1)[1]})"
+            for key, rate in record["tokens_per_s"].items()
+            if key.startswith(f"{name},")
+        )
+        perplexity = record["ppl"][name]
+        lines.append(
+            f"| kernels, {name} | {perplexity:.3f} | {100 * (perplexity / base - 1):+.2f} % | "
+            f"{statistics.median(row['n_equal'] for row in rows):g} of {n_tokens} | "
+            f"{noise('kernels', name)} | {rates} |"
         )
     return "\n".join(lines)
 

@@ -10,6 +10,7 @@ from tiny_models import save_tiny_model
 
 from atomq.cli import main
 from benchmarks.decode import perplexity, run
+from benchmarks.e2e_tables import decode_table
 
 
 def test_a_checkpoint_is_held_against_its_simulation(tmp_path):
@@ -33,6 +34,13 @@ def test_a_checkpoint_is_held_against_its_simulation(tmp_path):
     assert math.isclose(record["ppl"]["float32"], record["ppl"]["simulation"], rel_tol=1e-3)
     assert record["ppl"]["float16"] < 1.2 * record["ppl"]["simulation"]
     assert set(record["tokens_per_s"]) == {"float32, batch 1", "float16, batch 1"}
+    assert record["simulation_tokens_per_s"] > 0
+    table = decode_table(record)
+    assert "OUT: 2 windows of 32 tokens, 2 prompts of 4 greedy tokens." in table
+    assert "| 4 of 4 |" in table
+    for name, found in record["noise"]["float32"].items():
+        assert found["differs"] < 0.1, name
+        assert found["distance"] < 0.02, name
 
 
 def test_perplexity_of_equal_chances_is_the_number_of_choices():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.e2e_tables import attention_table, ratios_table, steps_table
+from benchmarks.e2e_tables import attention_table, e2e_tables, ratios_table, steps_table, trace_table
 
 RECORD = {
     "model": "llama-2-7b",
@@ -20,8 +20,21 @@ RECORD = {
             "tokens_per_s": 2909.1,
             "floor_fraction": 0.91,
             "memory_bytes": 30 * 2**30,
+            "shares": {"attention": 7000.0, "products": 2800.0, "launches": 200.0},
         }
     ],
+    "kv_cache": {"fp16": "16 bits, K after RoPE"},
+    "trace": {
+        "fp16": {
+            "n_requests": 64,
+            "n_rows": 18,
+            "tokens_per_s": 1234.5,
+            "request_p50_s": 1.5,
+            "request_p99_s": 3.0,
+            "token_p50_ms": 9.0,
+            "token_p99_ms": 12.0,
+        }
+    },
     "ratios": [
         {
             "comparison": "equal batch",
@@ -60,3 +73,17 @@ def test_attention_is_compared_with_the_first():
     table = attention_table(RECORD)
     assert table.startswith("Batch 128, 1024 tokens, 8 heads of 128 in the cache, 4 query heads for each.")
     assert "| float16 | 175.0 | 90 % | 3.50x |" in table
+
+
+def test_all_of_a_shape_says_what_limits_it():
+    tables = e2e_tables(RECORD)
+    assert "KV caches: fp16 16 bits, K after RoPE." in tables
+    assert "| fp16 | 32 | 70 % | 28 % | 2 % | 10.00 |" in tables
+    without = {**RECORD, "steps": [{**RECORD["steps"][0], "shares": None}]}
+    assert "70 %" not in e2e_tables(without)
+
+
+def test_a_trace_names_its_workload():
+    table = trace_table(RECORD)
+    assert table.startswith("llama-2-7b, 24 GiB, 64 requests.")
+    assert "| fp16 | 18 | 1234 | 1.50 / 3.00 | 9.0 / 12.0 |" in table
