@@ -35,8 +35,8 @@ def transform_blocks(x: torch.Tensor) -> torch.Tensor:
     size = block_size(x.shape[-1])
     if size <= 1:
         return x
-    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
-    return torch.matmul(blocks, hadamard_matrix(size, x.dtype, x.device)).flatten(-2)
+    # One product of all blocks: torch would make a batch of small ones of a slice that does not lie together.
+    return torch.mm(x.reshape(-1, size), hadamard_matrix(size, x.dtype, x.device)).reshape(x.shape)
 
 
 def transform_groups(x: torch.Tensor, group_size: int | None) -> torch.Tensor:
