@@ -109,6 +109,7 @@ def quantize(
     group_size: int | str | None = None,
     n_outliers: int | None = None,
     refine: bool = False,
+    rotate: str | None = None,
     settings: Sequence[str] | Mapping[str, Any] | None = None,
     calibration: str | Path | None = None,
     calib_data: str = "builtin",
@@ -134,8 +135,8 @@ def quantize(
         AtomqError: every kind of bad input, before anything is written.
         VerificationError: the checkpoint was written, but a linear differs from exact arithmetic.
     """
-    short = {"w_bits": w_bits, "a_bits": a_bits, "kv_bits": kv_bits, "n_outliers": n_outliers}
-    short["refine"] = REFINE_STEPS if refine else None
+    short: dict[str, int | str | None] = {"w_bits": w_bits, "a_bits": a_bits, "kv_bits": kv_bits}
+    short |= {"n_outliers": n_outliers, "refine": REFINE_STEPS if refine else None, "rotate": rotate}
     if isinstance(settings, Mapping):
         settings = [f"{name}={value}" for name, value in settings.items()]
     recipe = build_recipe(preset, short, None if group_size is None else str(group_size), settings or ())

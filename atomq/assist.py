@@ -50,7 +50,7 @@ def assist(model_name: str, recipe: Recipe, device: torch.device, calibration: C
     source = resolve_source(model_name)
     windows = cut_windows(load_tokenizer(source), calibration) if recipe.needs_calibration else None
     token_ids = None if windows is None else windows.token_ids
-    model, weights = open_float_model(source)
+    model, weights = open_float_model(source, rotation=recipe.solver.rotation)
     routing = expert_routing(find_family(model.config.model_type), calibration)
 
     def receive() -> dict[str, torch.Tensor]:

@@ -31,6 +31,7 @@ Metric = Literal["hessian", "abs_mean"]
 KeyPosition = Literal["before_rope", "after_rope"]
 Rotation = Literal["none", "hadamard"]
 Span = Literal["full", "half"]
+ResidualRotation = Literal["none", "fused"]
 
 C = TypeVar("C")
 
@@ -210,6 +211,8 @@ class SolverConfig:
             output of the float weights on quantized inputs) to 1 (`method.hessian`).
         refine_steps: steps of block-wise refinement after all linears are solved (`method.refine`); 0: none.
         refine_rate: its learning rate, in codes.
+        rotation: "fused": the residual stream and the heads of V are rotated first, in the weights alone
+            (`models.rotation`); for a reader it is a model like any other.
     """
 
     method: Literal["gptq", "rtn"] = "gptq"
@@ -222,6 +225,7 @@ class SolverConfig:
     asymmetry: float = 0.0
     refine_steps: int = 0
     refine_rate: float = 0.01
+    rotation: ResidualRotation = "none"
 
     def __post_init__(self) -> None:
         check_fields("solver", self)

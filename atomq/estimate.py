@@ -96,7 +96,7 @@ def estimate(
     source = resolve_source(model_name)
     tokenizer = load_tokenizer(source)
     windows = cut_windows(tokenizer, calibration) if recipe.needs_calibration else None
-    model, weights = open_float_model(source)
+    model, weights = open_float_model(source, rotation=recipe.solver.rotation)
     family = find_family(model.config.model_type)
     n_blocks = len(blocks_of(model, family))
     check_widths(model, family, recipe.scheme)
@@ -173,7 +173,7 @@ class _Probe:
 
     def run(self, token_ids: torch.Tensor | None, scratch: Path | None) -> None:
         """`token_ids` int64 [n_windows, seq_len], or None if the recipe needs none."""
-        model, weights = open_float_model(self.source)
+        model, weights = open_float_model(self.source, rotation=self.recipe.solver.rotation)
         family = find_family(model.config.model_type)
         model.set_submodule(family.blocks, nn.ModuleList(list(blocks_of(model, family))[:1]))
         routing = expert_routing(family, self.calibration)

@@ -23,7 +23,7 @@ from atomq.block_loop import (
     quantize_blocks,
 )
 from atomq.block_quantizer import LinearReport, group_orders
-from atomq.config import CalibrationConfig, OutlierScheme, QuantScheme, Recipe, to_dict
+from atomq.config import CalibrationConfig, OutlierScheme, QuantScheme, Recipe, ResidualRotation, to_dict
 from atomq.errors import CheckpointError, ConfigError
 from atomq.eval.windows import TokenWindows
 from atomq.facts import host_facts, job_facts, manifest_facts, mean_error, token_warnings, window_facts
@@ -164,13 +164,18 @@ def quantize(
             f"{calibration_file.name} would not be used: this recipe chooses no outlier channels; "
             f"leave --calibration away, or set outliers.reorder=true"
         )
+    if calibration_file is not None and recipe.solver.rotation != "none":
+        raise ConfigError(
+            f"{calibration_file.name} has the channels of the model as it is, and this recipe rotates it "
+            f"first; leave --calibration away, or give --rotate none"
+        )
     calibration = calibration or CalibrationConfig()
     source = resolve_source(model_name)
     writing = CheckpointWriter(out, overwrite=overwrite, restart=restart)
     with distributed.processes(place), writing as writer, PeakMemory(place) as memory:
         tokenizer = load_tokenizer(source)  # needed in the checkpoint, whatever the recipe
         windows = cut_windows(tokenizer, calibration) if recipe.needs_calibration else None
-        model, weights = open_float_model(source)
+        model, weights = open_float_model(source, rotation=recipe.solver.rotation)
         if windows is not None:
             windows.check_vocabulary(model.config.vocab_size)
             windows.check_variety()
@@ -180,7 +185,7 @@ def quantize(
         model_hash = source_hash(source)
         statistics = None
         if calibration_file is not None and windows is not None:
-            key = _calibration_key(model_hash, windows, calibration, recipe.scheme)
+            key = _calibration_key(model_hash, windows, calibration, recipe.scheme, recipe.solver.rotation)
             statistics = read_calibration(calibration_file, key)
             _check_statistics(calibration_file, statistics, family, shapes)
         facts_of_text = None if windows is None else window_facts(windows, calibration)
@@ -193,7 +198,7 @@ def quantize(
         scratch = writer.progress if activations == "disk" else None
         if statistics is None and recipe.scheme.outliers.reorder:
             assert windows is not None
-            key = _calibration_key(model_hash, windows, calibration, recipe.scheme)
+            key = _calibration_key(model_hash, windows, calibration, recipe.scheme, recipe.solver.rotation)
             statistics = _kept_statistics(writer, key, routing)
         finished = _finished_blocks(writer, family, model.config.num_hidden_layers, routing)
         reports_of_finished = {index: block.reports for index, block in finished.items()}
@@ -305,7 +310,11 @@ def _finished_blocks(
 
 
 def _calibration_key(
-    model_hash: str, windows: TokenWindows, calibration: CalibrationConfig, scheme: QuantScheme
+    model_hash: str,
+    windows: TokenWindows,
+    calibration: CalibrationConfig,
+    scheme: QuantScheme,
+    rotation: ResidualRotation = "none",
 ) -> CalibrationKey:
     outliers = scheme.outliers
     return CalibrationKey(
@@ -314,6 +323,7 @@ def _calibration_key(
         calibration.seed,
         outliers.metric,
         outliers.n_outliers,
+        transforms=("rotation",) if rotation == "fused" else (),
         all_experts=calibration.all_experts,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from atomq.config import (
@@ -76,13 +76,14 @@ PRESETS: dict[str, Recipe] = {
         QuantScheme(WeightScheme(n_bits=4, group_size=128), ActivationScheme(n_bits=4, group_size=128)),
         SolverConfig(method="rtn"),
     ),
-    # W4A4 as compressed-tensors can say it: no outliers, and activations as its library rounds them.
+    # W4A4 as compressed-tensors can say it: no outlier channels, which a rotation makes fewer; activations as
+    # its library rounds them.
     "ct-w4a4": Recipe(
         QuantScheme(
             WeightScheme(n_bits=4, group_size=128),
             ActivationScheme(n_bits=4, group_size=128, scale_span="half"),
         ),
-        SolverConfig(method="gptq", clip_search="hessian", calibration="sequential"),
+        SolverConfig(method="gptq", clip_search="hessian", calibration="sequential", rotation="fused"),
     ),
     # Weights only and without outliers, as GPTQ and compressed-tensors files hold them.
     "w4a16": Recipe(
@@ -105,7 +106,7 @@ PRESET_HELP = {
     "atom": "the Atom paper's W4A4KV4: groups of 128, 128 INT8 outlier channels, GPTQ",
     "w4a16-int8": "INT4 weights, 128 INT8 outlier channels; 16-bit activations",
     "rtn": "W4A4 rounded to nearest, no outliers: the baseline; no calibration",
-    "ct-w4a4": "W4A4 without outliers by GPTQ, for atomq export --format compressed-tensors",
+    "ct-w4a4": "W4A4 of the rotated model without outliers, for atomq export --format compressed-tensors",
     "w4a16": "INT4 weights without outliers by GPTQ, 16-bit activations; exports to GPTQ files",
     "w8a8": "INT8 per row and per token, rounded to nearest; no calibration",
 }
@@ -117,6 +118,7 @@ SHORT_NAMES = {
     "kv_bits": "kv.n_bits",
     "n_outliers": "outliers.n_outliers",
     "refine": "solver.refine_steps",
+    "rotate": "solver.rotation",
 }
 
 
@@ -133,7 +135,7 @@ def find_preset(name: str) -> Recipe:
 
 
 def build_recipe(
-    preset: str, short: dict[str, int | None], group_size: str | None, settings: Sequence[str]
+    preset: str, short: Mapping[str, int | str | None], group_size: str | None, settings: Sequence[str]
 ) -> Recipe:
     """The preset with the options given on the command line put over it.
 

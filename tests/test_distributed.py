@@ -51,6 +51,7 @@ ATOM = Recipe(
     SolverConfig(),
 )
 SEQUENTIAL = dataclasses.replace(ATOM, solver=SolverConfig(calibration="sequential"))
+ROTATED = dataclasses.replace(ATOM, solver=SolverConfig(rotation="fused"))
 LEVERS = dataclasses.replace(
     ATOM,
     scheme=dataclasses.replace(ATOM.scheme, kv=KVScheme(n_bits=4, rotation="hadamard", key_offset=True)),
@@ -213,11 +214,11 @@ def source_of(kind, folder):
     return source
 
 
-def checkpoint_of(source, out, n_shards: int | None = None):
+def checkpoint_of(source, out, n_shards: int | None = None, recipe: Recipe = ATOM):
     """Quantize as the command does; the disk is full after `n_shards`."""
     calibration = CalibrationConfig(str(source / "calibration.txt"), 5, seq_len=32)
     if not distributed.is_first():
-        assist(str(source), ATOM, CPU, calibration)
+        assist(str(source), recipe, CPU, calibration)
         return None
     write_shard = CheckpointWriter.write_shard
 
@@ -228,16 +229,18 @@ def checkpoint_of(source, out, n_shards: int | None = None):
 
     CheckpointWriter.write_shard = until_full
     try:
-        return atomq.pipeline.quantize(str(source), out, ATOM, "cpu", calibration=calibration).report
+        return atomq.pipeline.quantize(str(source), out, recipe, "cpu", calibration=calibration).report
     finally:
         CheckpointWriter.write_shard = write_shard
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3_moe-dense-first"])
-def test_two_processes_write_the_checkpoint_of_one(kind, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "recipe"), [("llama", ATOM), ("qwen3_moe-dense-first", ATOM), ("qwen2", ROTATED)]
+)
+def test_two_processes_write_the_checkpoint_of_one(kind, recipe, tmp_path):
     source = source_of(kind, tmp_path)
-    expected = checkpoint_of(source, tmp_path / "ONE")
-    found, nothing = in_two_processes(tmp_path, checkpoint_of, source, tmp_path / "TWO")
+    expected = checkpoint_of(source, tmp_path / "ONE", recipe=recipe)
+    found, nothing = in_two_processes(tmp_path, checkpoint_of, source, tmp_path / "TWO", None, recipe)
     assert nothing is None
     assert [(r.name, r.method) for r in found.linears] == [(r.name, r.method) for r in expected.linears]
     one, two = stored_tensors(tmp_path / "ONE"), stored_tensors(tmp_path / "TWO")

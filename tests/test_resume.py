@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from kills import Victim
-from tiny_checkpoints import quantize_tiny, stored_tensors
+from tiny_checkpoints import files_outside_reports, quantize_tiny, stored_tensors
 from tiny_models import TINY_MODELS, save_tiny_model
 
 from atomq import block_loop, pipeline
@@ -76,6 +76,15 @@ def test_every_family_and_encoding_goes_on_bit_for_bit(kind, scheme, tmp_path, m
         assert (tmp_path / "OUT" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
     undisturbed = stored_tensors(tmp_path / "undisturbed")
     assert all(torch.equal(t, undisturbed[n]) for n, t in stored_tensors(tmp_path / "OUT").items())
+
+
+def test_a_rotated_model_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    model = save_tiny_model(tmp_path / "model", "qwen2")  # tied, and with biases
+    rotated = {"scheme": "rtn", "settings": {"solver.method": "gptq", "solver.rotation": "fused"}}
+    quantize_tiny(model, tmp_path / "undisturbed", **rotated)
+    interrupted(model, tmp_path / "OUT", monkeypatch, **rotated)
+    quantize_tiny(model, tmp_path / "OUT", **rotated)
+    assert files_outside_reports(tmp_path / "OUT") == files_outside_reports(tmp_path / "undisturbed")
 
 
 def test_what_is_finished_is_not_done_again(tiny_dir, tmp_path, monkeypatch):

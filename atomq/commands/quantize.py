@@ -43,6 +43,10 @@ def command(
         bool,
         typer.Option("--refine", help="Learn each block's codes and scales together; takes minutes more."),
     ] = False,
+    rotate: Annotated[
+        str | None,
+        typer.Option(help="Rotate the model in its weights first: none or fused. Default: the preset's."),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Any other setting; --show-recipe lists them all."),
@@ -87,8 +91,8 @@ def command(
     device: DeviceOption = "auto",
     json_output: JsonOption = False,
 ) -> None:
-    short = {"w_bits": w_bits, "a_bits": a_bits, "kv_bits": kv_bits, "n_outliers": n_outliers}
-    short["refine"] = REFINE_STEPS if refine else None
+    short: dict[str, int | str | None] = {"w_bits": w_bits, "a_bits": a_bits, "kv_bits": kv_bits}
+    short |= {"n_outliers": n_outliers, "refine": REFINE_STEPS if refine else None, "rotate": rotate}
     recipe = build_recipe(preset, short, group_size, settings or [])
     if show_recipe:
         console.print_json(to_dict(recipe))

@@ -33,7 +33,7 @@ class CalibrationKey:
     Attributes:
         model_hash: `models.source.source_hash` of the float model.
         data_hash: SHA-256 of the calibration windows' token ids.
-        transforms: exact transforms folded into the model before the statistics (none yet).
+        transforms: exact transforms folded into the model before the statistics: "rotation", or none.
         all_experts: whether the experts of a mixture saw every token.
     """
 

@@ -8,7 +8,7 @@ and the order of down_proj's input is absorbed by the rows of gate_proj and up_p
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from atomq.errors import UnsupportedModelError
 
@@ -77,6 +77,21 @@ class ModelFamily:
         """Whether the linear of the full `name` is the first of a group."""
         relative = name.removeprefix(f"{self.blocks}.").partition(".")[2]
         return re.sub(r"\.\d+\.", ".*.", relative) in {group.owner for group in self.groups}
+
+
+@dataclass(frozen=True)
+class Residual:
+    """How a block reads and writes the residual stream, where a rotation of it can go into the weights.
+
+    Attributes:
+        readers: RMSNorms of the block, each with all linears that read its output.
+        writers: linears whose output is added to the stream; the first reads what attention makes of V.
+        norm_offset: the norms multiply by this + their weight.
+    """
+
+    readers: tuple[tuple[str, tuple[str, ...]], ...]
+    writers: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
+    norm_offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -175,6 +190,31 @@ FAMILIES: dict[str, ModelFamily] = {
             embeddings="model.decoder.embed_tokens",
         ),
     )
+}
+
+_LLAMA_RESIDUAL = Residual(
+    (
+        ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    )
+)
+_PHI3_RESIDUAL = Residual(
+    (
+        ("input_layernorm", ("self_attn.qkv_proj",)),
+        ("post_attention_layernorm", ("mlp.gate_up_proj",)),
+    )
+)
+
+# By model_type; the other families have norms elsewhere, norms with a mean, or routers.
+RESIDUALS: dict[str, Residual] = {
+    "llama": _LLAMA_RESIDUAL,
+    "mistral": _LLAMA_RESIDUAL,
+    "qwen2": _LLAMA_RESIDUAL,
+    "qwen3": _LLAMA_RESIDUAL,
+    "gemma": replace(_LLAMA_RESIDUAL, norm_offset=1.0),
+    "granite": _LLAMA_RESIDUAL,
+    "smollm3": _LLAMA_RESIDUAL,
+    "phi3": _PHI3_RESIDUAL,
 }
 
 

@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from atomq.config import KVScheme
+from atomq.config import KVScheme, ResidualRotation
 from atomq.errors import ConfigError, StorageError, UnsupportedModelError
 from atomq.models.attention import attention_for
 from atomq.models.experts import unfuse_experts
@@ -33,6 +33,7 @@ from atomq.models.families import STORED_NAMES, find_family
 from atomq.models.gguf import read_gguf
 from atomq.models.gguf_model import gguf_config, gguf_tensors
 from atomq.models.gguf_tokenizer import gguf_tokenizer
+from atomq.models.rotation import rotated_tensors
 from atomq.models.source import ModelSource, read_config, weight_files
 from atomq.models.streaming import StoredWeights, make_buffers
 from atomq.models.weights import StoredTensor, read_safetensors_header
@@ -65,12 +66,14 @@ CONFIG_ERRORS = (
 )
 
 
-def load_float_model(source: ModelSource, storage_dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_float_model(
+    source: ModelSource, storage_dtype: torch.dtype | None = None, rotation: ResidualRotation = "none"
+) -> PreTrainedModel:
     """Load the model on the CPU, in eval mode, with float32 parameters that need no gradient.
 
     For arguments, the model's config and errors see `open_float_model`.
     """
-    model, weights = open_float_model(source, storage_dtype)
+    model, weights = open_float_model(source, storage_dtype, rotation)
     weights.fill(model, "")
     model.tie_weights()
     model.requires_grad_(False)
@@ -78,13 +81,15 @@ def load_float_model(source: ModelSource, storage_dtype: torch.dtype | None = No
 
 
 def open_float_model(
-    source: ModelSource, storage_dtype: torch.dtype | None = None
+    source: ModelSource, storage_dtype: torch.dtype | None = None, rotation: ResidualRotation = "none"
 ) -> tuple[PreTrainedModel, StoredWeights]:
     """The skeleton of the model, in eval mode, and its weights, of which none is read yet.
 
     Args:
         storage_dtype: float16, bfloat16 or float32; None takes the dtype of the source's embeddings, and
             float16 for GGUF.
+        rotation: "fused": the same model with its residual stream rotated (`models.rotation`); its head is
+            not tied to the embeddings.
 
     Returns:
         A model whose parameters are on the meta device, whose buffers are on the CPU, whose `config.dtype` is
@@ -93,7 +98,7 @@ def open_float_model(
     Raises:
         UnsupportedModelError: the family is not known, or a tensor is missing, unknown or misshapen; when
             weights are read, one that is not finite or too large for the storage dtype; the message names it.
-        ConfigError: the storage dtype is none of the three.
+        ConfigError: the storage dtype is none of the three, or the family cannot be rotated.
     """
     config = load_config(source)
     family = find_family(config.model_type)
@@ -116,6 +121,11 @@ def open_float_model(
             f"{source.name}: {family.lm_head}.weight differs from the embeddings, but config.json ties them "
             f"(tie_word_embeddings); correct config.json"
         )
+    if rotation == "fused":
+        stored.setdefault(f"{family.lm_head}.weight", embeddings)
+        stored = rotated_tensors(stored, family, config)
+        config.tie_word_embeddings = False
+        model = empty_model(config, source)
     make_buffers(model)
     model.config.dtype = storage_dtype
     model.config.architectures = [type(model).__name__]
