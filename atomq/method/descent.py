@@ -42,29 +42,36 @@ def descend(
         target: [N, K] what the weight should be, columns of dead channels zero.
         hessian: [K, K], damped: every diagonal entry is positive.
     """
-    state = _State.of(start, scheme)
+    state = _State.of(start, target, scheme)
     n_normal = start.codes.shape[1]
+    grid = weight_grid(scheme.weights)
     recursions = _Recursions(hessian)
     for _ in range(n_sweeps):
         for index, (first, last) in enumerate(group_bounds(n_normal, scheme.weights.group_size)):
-            state.refit_scale(target, hessian, index, first, last, scheme)
+            group = slice(first, last)
+            residual = state.error @ hessian[:, group]
+            state.refit_scale(residual, hessian[group, group], index, group, scheme)
             scales = state.per_row(state.scales[:, index], scheme)
             zeros = None if state.zeros is None else state.per_row(state.zeros[:, index], scheme)
-            grid = weight_grid(scheme.weights)
-            for begin in range(first, last, MAX_COLUMNS):
-                block = slice(begin, min(begin + MAX_COLUMNS, last))
-                codes, values = _redo_columns(target, recursions, state.values, block, scales, zeros, grid)
-                state.codes[:, block], state.values[:, block] = codes, values
-        if state.outliers is not None and state.outliers.scales is not None:
-            for begin in range(n_normal, target.shape[1], MAX_COLUMNS):
-                block = slice(begin, min(begin + MAX_COLUMNS, target.shape[1]))
-                scales = state.outliers.scales.to(target.dtype)
-                codes, values = _redo_columns(
-                    target, recursions, state.values, block, scales, None, OUTLIER_GRID
+            for block in _blocks(group):
+                state.codes[:, block] = _redo_columns(
+                    state, recursions, residual, group, block, scales, zeros, grid
                 )
-                own = slice(begin - n_normal, block.stop - n_normal)
-                state.outliers.values[:, own], state.values[:, block] = codes, values
+        if state.outliers is not None and state.outliers.scales is not None:
+            scales = state.outliers.scales.to(target.dtype)
+            for block in _blocks(slice(n_normal, target.shape[1])):
+                residual = state.error @ hessian[:, block]
+                own = slice(block.start - n_normal, block.stop - n_normal)
+                state.outliers.values[:, own] = _redo_columns(
+                    state, recursions, residual, block, block, scales, None, OUTLIER_GRID
+                )
     return state.result()
+
+
+def _blocks(columns: slice) -> list[slice]:
+    """Runs of columns that the kernel takes at once."""
+    starts = range(columns.start, columns.stop, MAX_COLUMNS)
+    return [slice(start, min(start + MAX_COLUMNS, columns.stop)) for start in starts]
 
 
 class _Recursions:
@@ -86,27 +93,34 @@ class _Recursions:
 
 
 def _redo_columns(
-    target: torch.Tensor,
+    state: _State,
     recursions: _Recursions,
-    values: torch.Tensor,
+    residual: torch.Tensor,
+    group: slice,
     block: slice,
     scales: torch.Tensor,
     zeros: torch.Tensor | None,
     grid: CodeGrid,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """New codes and values [N, B] of the columns `block`, one after another, each the best given the rest."""
+) -> torch.Tensor:
+    """New codes [N, B] of the columns `block`, one after another, each the best given the rest.
+
+    `residual` [N, width] is (T - V) H of the columns `group`, of which `block` is a part; it, and the values
+    of `state`, are made those of the new codes as far as later columns need them.
+    """
     hessian, (follow, factor) = recursions.hessian, recursions.of(block)
-    residual = (target - values) @ hessian[:, block]
-    present = values[:, block]
-    best = present + residual / hessian.diagonal()[block] + present @ follow
+    own = slice(block.start - group.start, block.stop - group.start)
+    present = state.values[:, block]
+    best = present + residual[:, own] / hessian.diagonal()[block] + present @ follow
     start = (best.double() @ factor).to(best.dtype)
     codes, new, _ = gptq_block(start, scales, zeros, factor.to(best.dtype), grid)
-    return codes, new
+    residual[:, own.stop :] -= (new - present) @ hessian[block, block.stop : group.stop]
+    state.set_values(block, new)
+    return codes
 
 
 @dataclass
 class _State:
-    """The codes and scales of a `QuantizedWeight` in the works, and the values [N, K] they stand for."""
+    """The codes and scales of a `QuantizedWeight` in the works, the values V [N, K] they stand for, and T - V."""
 
     codes: torch.Tensor
     scales: torch.Tensor
@@ -114,13 +128,16 @@ class _State:
     outliers: Outliers | None
     base: torch.Tensor | None
     factors: torch.Tensor | None
+    target: torch.Tensor
     values: torch.Tensor
+    error: torch.Tensor
 
     @classmethod
-    def of(cls, start: QuantizedWeight, scheme: QuantScheme) -> _State:
+    def of(cls, start: QuantizedWeight, target: torch.Tensor, scheme: QuantScheme) -> _State:
         outliers = start.outliers
         if outliers is not None:
             outliers = Outliers(outliers.values.clone(), outliers.scales)
+        values = start.dequantize(scheme.weights, start.scales.dtype)
         return cls(
             start.codes.clone(),
             start.scales.clone(),
@@ -128,34 +145,37 @@ class _State:
             outliers,
             start.base,
             None if start.factors is None else start.factors.clone(),
-            start.dequantize(scheme.weights, start.scales.dtype),
+            target,
+            values,
+            target - values,
         )
+
+    def set_values(self, columns: slice, values: torch.Tensor) -> None:
+        """Give `columns` new `values` [N, width]."""
+        self.values[:, columns] = values
+        self.error[:, columns] = self.target[:, columns] - values
 
     def per_row(self, per_channel_group: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
         """[N], contiguous, of one group's scales or zeros [ceil(N / channel_group)]."""
         return spread_rows(per_channel_group.contiguous(), len(self.codes), scheme.weights.channel_group)
 
     def refit_scale(
-        self,
-        target: torch.Tensor,
-        hessian: torch.Tensor,
-        index: int,
-        first: int,
-        last: int,
-        scheme: QuantScheme,
+        self, residual: torch.Tensor, hessian: torch.Tensor, index: int, group: slice, scheme: QuantScheme
     ) -> None:
-        """Give group `index` (columns `first` to `last`) its least-squares scale under the present codes.
+        """Give group `index` (the columns `group`) its least-squares scale under the present codes.
 
         With q the group's values over its scale: s + q R^T / (q H q^T), summed over the rows that share it.
         It is taken where, rounded as it is stored, it is nearer to that minimum than the present one.
+
+        Args:
+            residual: R [N, width] of the group, made that of the new scale.
+            hessian: [width, width], the group's own part.
         """
-        group = slice(first, last)
-        n_rows, channel_group = len(target), scheme.weights.channel_group
-        old = self.scales[:, index]
-        q = self.values[:, group] / spread_rows(old, n_rows, channel_group).unsqueeze(-1)
-        residual = (target - self.values) @ hessian[:, group]
+        n_rows, channel_group = len(residual), scheme.weights.channel_group
+        old, present = self.scales[:, index], self.values[:, group]
+        q = present / spread_rows(old, n_rows, channel_group).unsqueeze(-1)
         slope = _sum_rows((q * residual).sum(1), channel_group)
-        curvature = _sum_rows(((q @ hessian[group, group]) * q).sum(1), channel_group)
+        curvature = _sum_rows(((q @ hessian) * q).sum(1), channel_group)
         best = old + slope / curvature.clamp(min=torch.finfo(q.dtype).tiny)
         if self.base is not None and self.factors is not None:
             factors = (best / self.base).round().clamp_(1, MAX_FACTOR)
@@ -166,8 +186,9 @@ class _State:
         self.scales[:, index] = torch.where(taken, new, old)
         if self.base is not None and self.factors is not None:
             self.factors[:, index] = torch.where(taken, factors, self.factors[:, index])
-        scales = spread_rows(self.scales[:, index], n_rows, channel_group).unsqueeze(-1)
-        self.values[:, group] = q * scales
+        values = q * spread_rows(self.scales[:, index], n_rows, channel_group).unsqueeze(-1)
+        residual -= (values - present) @ hessian
+        self.set_values(group, values)
 
     def result(self) -> QuantizedWeight:
         return QuantizedWeight(self.codes, self.scales, self.zeros, self.outliers, self.base, self.factors)

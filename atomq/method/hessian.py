@@ -80,9 +80,7 @@ def damp(hessian: torch.Tensor, damp_frac: float) -> torch.Tensor:
 
 
 def asymmetric_target(
-    weight: torch.Tensor, hessian: torch.Tensor, shift: torch.Tensor, strength: float
+    weight: torch.Tensor, hinv_chol: torch.Tensor, shift: torch.Tensor, strength: float
 ) -> torch.Tensor:
-    """W + strength * W D H^-1, [N, K], for a damped `hessian` [K, K] and D = `shift`; solved in float64."""
-    lower = torch.linalg.cholesky(hessian.double())
-    correction = torch.cholesky_solve(shift.T.double() @ weight.T.double(), lower).T
-    return weight + strength * correction.to(weight.dtype)
+    """W + strength * W D H^-1, [N, K], for D = `shift` and the upper factor U = `hinv_chol`: H^-1 = U^T U."""
+    return weight + strength * (weight @ shift @ hinv_chol.T @ hinv_chol)

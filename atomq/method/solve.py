@@ -81,17 +81,17 @@ def _solve_by_gptq(
     Rows do not know of each other, so the linears are solved as one, if their channel groups allow it.
     """
     factor = factorize_hessian(hessian, damp_frac)
-    damped = damp(hessian, factor.damp_frac)
     n_rows = [len(weight) for weight in weights]
     whole = all(n % scheme.weights.channel_group == 0 for n in n_rows[:-1])
     solved: list[QuantizedWeight] = []
     for weight in [torch.cat(weights)] if whole else weights:
         target = weight
         if shift is not None:
-            target = asymmetric_target(weight, damped, shift, solver.asymmetry)
+            target = asymmetric_target(weight, factor.hinv_chol, shift, solver.asymmetry)
         quantized = gptq_quantize(target, factor, scheme, solver)
         if solver.descent_sweeps:
             target = target.masked_fill(factor.dead, 0.0)
+            damped = damp(hessian, factor.damp_frac)
             quantized = descend(target, damped, quantized, scheme, solver.descent_sweeps)
         solved += quantized.split(n_rows, scheme.weights) if whole else [quantized]
     return solved, factor.damp_frac

@@ -84,7 +84,8 @@ def test_the_asymmetric_target_gives_the_float_models_output_as_well_as_a_weight
     hessian = 2 / 40 * x.T @ x
     shift = 2 / 40 * (x_float - x).T @ x
     best = torch.linalg.lstsq(x, x_float @ weight.T).solution.T
-    found = asymmetric_target(weight, hessian, shift, strength)
+    hinv_chol = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    found = asymmetric_target(weight, hinv_chol, shift, strength)
     torch.testing.assert_close(found, weight + strength * (best - weight))
 
 
