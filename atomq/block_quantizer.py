@@ -37,6 +37,7 @@ from atomq.models.quantized import (
 )
 from atomq.numerics.channels import ChannelStatistics
 from atomq.numerics.linear import QuantizedLinear, transform_input
+from atomq.numerics.products import halve_linears
 from atomq.units import percent
 
 # Told how much of the block is done, from 0 to 1, and what is being done.
@@ -116,6 +117,7 @@ class BlockQuantizer:
         offset = self._mean_key(reference or inputs, head_dim) if kv.has_key_offset else None
         if inputs is not None and reference is not None:
             self._twin = copy.deepcopy(self.block)
+            halve_linears(self._twin, inputs.device)
             reference.arguments[self._twin] = inputs.arguments[self.block]
         self._linears = _prepare_block(
             self.block, self.prefix, self.family, self.recipe.scheme, statistics, self._storage_dtype
@@ -157,7 +159,7 @@ class BlockQuantizer:
             hessians: dict[str, HessianAccumulator] = {}
             if self._inputs is not None:
                 on_step(0.0, "Hessians")
-                hessians = self._collect_hessians(groups)
+                hessians = self._collect_hessians(groups, is_last=groups is rounds[-1])
                 self.clock.lap("hessians")
             if self.recipe.scheme.weights.n_bits < FLOAT_BITS:
                 reports += self._solve_groups(groups, hessians, on_step)
@@ -166,16 +168,11 @@ class BlockQuantizer:
 
     def advance(self, on_step: OnStep) -> None:
         """Refine the block, and pass the calibration inputs through it, so that they are the next block's."""
-        inputs, reference, twin = self._inputs, self._reference, self._twin
+        inputs, reference = self._inputs, self._reference
         assert inputs is not None
-        if reference is not None and twin is not None:
-            reference.run(twin, self.prefix)
-            del reference.arguments[twin]
-            self._twin = None
-            self.clock.lap("forward")
-            if self.recipe.solver.refine_steps:
-                self._refinement = self._refine(inputs, reference.hidden, on_step)
-                self.clock.lap("refining")
+        if reference is not None and self.recipe.solver.refine_steps:
+            self._refinement = self._refine(inputs, reference.hidden, on_step)
+            self.clock.lap("refining")
         inputs.run(self.block, self.prefix)
         self.clock.lap("forward")
 
@@ -230,10 +227,13 @@ class BlockQuantizer:
             reports += distributed.from_process(process, found.get(group.owner, []))
         return reports
 
-    def _collect_hessians(self, groups: tuple[LinearGroup, ...]) -> dict[str, HessianAccumulator]:
+    def _collect_hessians(
+        self, groups: tuple[LinearGroup, ...], *, is_last: bool
+    ) -> dict[str, HessianAccumulator]:
         """Hessians of the quantized inputs of `groups` by owner, from passes as far as the last of them.
 
-        An expert's have no asymmetric target: the float model may send a token to others.
+        An expert's have no asymmetric target: the float model may send a token to others. The last round of
+        a block passes the float model on to the next one.
         """
         inputs, reference = self._inputs, self._reference
         assert inputs is not None
@@ -243,7 +243,7 @@ class BlockQuantizer:
         kept: dict[str, torch.Tensor] = {}
         hooks = []
         for group in groups:
-            name, is_last = group.owner, group is groups[-1]
+            name, ends = group.owner, group is groups[-1]
             linear = self._linears[name]
             width = linear.in_features
             if group.routed:
@@ -255,22 +255,28 @@ class BlockQuantizer:
                     holdout=n_tokens < width,
                     asymmetric=twin is not None and n_tokens >= width,
                 )
-            linear.observer = _adder(hessians[name], functools.partial(kept.get, name), is_last=is_last)
+            linear.observer = _adder(hessians[name], functools.partial(kept.get, name), ends=ends)
             if twin is not None:
-                keeper = _keeper(linear, kept, name, is_last=is_last)
+                keeper = _keeper(linear, kept, name, ends=ends and not is_last)
                 hooks.append(twin.get_submodule(name).register_forward_pre_hook(keeper))
         float_batches = inputs.batches() if reference is None else reference.batches()
         for batch, float_batch in zip(inputs.batches(), float_batches, strict=True):
-            if reference is not None and twin is not None:
+            if is_last and reference is not None and self._twin is not None:
+                reference.advance(self._twin, float_batch, self.prefix)
+            elif reference is not None and twin is not None:
                 reference.observe(twin, float_batch)
             inputs.observe(self.block, batch)
+            kept.clear()
         for hook in hooks:
             hook.remove()
         for group in groups:
             self._linears[group.owner].observer = None
+        if is_last and reference is not None and self._twin is not None:
+            del reference.arguments[self._twin]
+            self._twin = None
         found = {name: h.result() if isinstance(h, RoutedHessian) else h for name, h in hessians.items()}
         for hessian in found.values():
-            hessian.add_up_processes()
+            hessian.finish()
         return found
 
     def _work_of(self, group: LinearGroup) -> float:
@@ -349,13 +355,13 @@ def _prepare_block(
 
 
 def _keeper(
-    linear: QuantizedLinear, kept: dict[str, torch.Tensor], name: str, *, is_last: bool
+    linear: QuantizedLinear, kept: dict[str, torch.Tensor], name: str, *, ends: bool
 ) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-    """Keeps the input of the twin's linear `name` as `linear` would order it; the last ends the pass."""
+    """Keeps the input of the twin's linear `name` as `linear` would order it, and `ends` the pass or not."""
 
     def observe(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         kept[name] = linear.order_channels(args[0])
-        if is_last:
+        if ends:
             raise InputSeen
 
     return observe
@@ -365,10 +371,10 @@ def _adder(
     hessian: HessianAccumulator | RoutedHessian,
     float_input: Callable[[], torch.Tensor | None],
     *,
-    is_last: bool,
+    ends: bool,
 ) -> Callable[[torch.Tensor], None]:
-    """Adds what a linear sees to `hessian`, beside the twin's input of the same batch; the last ends the
-    pass.
+    """Adds what a linear sees to `hessian`, beside the twin's input of the same batch, and `ends` the pass or
+    not.
     """
 
     def observe(x: torch.Tensor) -> None:
@@ -376,7 +382,7 @@ def _adder(
             hessian.add(x)
         else:
             hessian.add(x, float_input())
-        if is_last:
+        if ends:
             raise InputSeen
 
     return observe

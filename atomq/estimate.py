@@ -31,6 +31,7 @@ from atomq.models.families import ModelFamily, find_family
 from atomq.models.loading import companions, load_tokenizer, open_float_model
 from atomq.models.source import ModelSource, resolve_source, source_hash
 from atomq.models.streaming import StoredWeights, tensors_to_store
+from atomq.numerics.products import waiting_dtype
 from atomq.progress import OnProgress, silently
 
 _SMALL_FILES = 80_000  # config, manifest, index, card, reports
@@ -130,7 +131,7 @@ def estimate(
     seconds["total"] = sum(seconds.values())
     copied_bytes = sum(map(len, companions(source).values()))
     out_bytes = n_blocks * probe.shard_bytes + outer_bytes + copied_bytes + _SMALL_FILES
-    hidden_bytes = 4 * n_tokens * model.config.hidden_size if activations == "disk" else 0
+    hidden_bytes = _activation_bytes(model, recipe, device, n_tokens) if activations == "disk" else 0
     free = free_bytes()
     result = Estimate(
         seconds,
@@ -243,6 +244,14 @@ def _bytes_outside_blocks(model: PreTrainedModel, family: ModelFamily, weights: 
     )
 
 
+def _activation_bytes(model: PreTrainedModel, recipe: Recipe, device: torch.device, n_tokens: int) -> int:
+    """Those of the calibration text between two blocks, of the float model too where it is carried along."""
+    itemsize = waiting_dtype(torch.float32, device).itemsize
+    solves = recipe.solver.method == "gptq" and recipe.scheme.weights.n_bits < FLOAT_BITS
+    n_streams = 2 if solves and recipe.solver.needs_reference else 1
+    return n_streams * itemsize * n_tokens * int(model.config.hidden_size)
+
+
 def _refuse_hopeless(
     model: PreTrainedModel,
     family: ModelFamily,
@@ -259,10 +268,10 @@ def _refuse_hopeless(
     block = blocks_of(model, family)[0]
     needed = 4 * sum(parameter.numel() for parameter in block.parameters())
     if activations == "device":
-        needed += 4 * n_tokens * model.config.hidden_size
+        needed += _activation_bytes(model, recipe, device, n_tokens)
     if recipe.solver.method == "gptq" and recipe.scheme.weights.n_bits < FLOAT_BITS:
         widest = max(shape.n_in for shape in linear_shapes(model, family).values())
-        needed += (4 + 8) * widest**2  # the Hessian, and its factor in float64
+        needed += (4 + 8 + 8) * widest**2  # the Hessian, and in float64 its damped copy and the factor
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_bytes()
     if free is not None and needed > free:
         where = "GPU memory" if device.type == "cuda" else "memory"

@@ -120,7 +120,9 @@ def _redo_columns(
 
 @dataclass
 class _State:
-    """The codes and scales of a `QuantizedWeight` in the works, the values V [N, K] they stand for, and T - V."""
+    """The codes and scales of a `QuantizedWeight` in the works, the values V [N, K] they stand for, and their
+    `error` T - V.
+    """
 
     codes: torch.Tensor
     scales: torch.Tensor

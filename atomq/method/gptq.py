@@ -56,12 +56,9 @@ def factorize_hessian(hessian: torch.Tensor, damp_frac: float) -> DampedFactor:
     """
     dead = hessian.diagonal() == 0
     limit = max(damp_frac, MAX_DAMP_FRAC)  # a larger damping that was asked for is tried as it is
+    diagonal = hessian.diagonal().double().masked_fill(dead, 1.0)
     while damp_frac <= limit:
-        damped = hessian.to(torch.float64, copy=True)
-        diagonal = damped.diagonal()
-        diagonal[dead] = 1.0
-        diagonal += damp_frac * diagonal.mean()
-        factor = inverse_factor(damped, hessian.dtype)
+        factor = inverse_factor(hessian, diagonal + damp_frac * diagonal.mean())
         if factor is not None:
             return DampedFactor(factor, dead, damp_frac)
         damp_frac *= 10

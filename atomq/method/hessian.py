@@ -15,7 +15,7 @@ from atomq.numerics.products import add_cross_gram, add_gram
 
 
 class HessianAccumulator:
-    """Adds up the Hessian [K, K] of one linear group in float32.
+    """Adds up the Hessian [K, K] of one linear group in float32; after `finish` it is the mean that H is.
 
     With `holdout` a quarter of the tokens of every call goes to a second Hessian that no code is fitted to;
     it judges between candidates when there are fewer tokens than channels (`method.solve`).
@@ -40,30 +40,33 @@ class HessianAccumulator:
             rows = rows[:n_fit]
         add_gram(self._fit, rows)
 
-    def add_up_processes(self) -> None:
-        """Take in what the other processes have added."""
-        distributed.add_up(*(value for value in vars(self).values() if isinstance(value, torch.Tensor)))
+    @torch.inference_mode()  # the sums of an expert are begun within a pass
+    def finish(self) -> None:
+        """Take in what the other processes have added, and divide by the number of tokens."""
         self.n_tokens = distributed.total(self.n_tokens)
+        for total in (self._fit, self._shift, self._held_out):
+            if total is not None:
+                distributed.add_up(total)
+                total.div_(max(self.n_tokens, 1))
 
     @property
     def hessian(self) -> torch.Tensor:
-        """Over all tokens, divided by their number."""
-        total = self._fit if self._held_out is None else self._fit + self._held_out
-        return total / max(self.n_tokens, 1)
+        """H over all tokens; not to be changed."""
+        return self._fit if self._held_out is None else self._fit + self._held_out
 
     @property
     def shift(self) -> torch.Tensor | None:
-        """D [K, K] over all tokens, divided by their number, or None if no float inputs were given."""
-        return None if self._shift is None else self._shift / max(self.n_tokens, 1)
+        """D [K, K] over all tokens, or None if no float inputs were given; not to be changed."""
+        return self._shift
 
     @property
     def fit(self) -> torch.Tensor:
-        """Over the tokens that candidates are fitted to (unnormalized)."""
+        """The part of H of the tokens that candidates are fitted to."""
         return self._fit
 
     @property
     def held_out(self) -> torch.Tensor | None:
-        """Over the held-out tokens (unnormalized), or None without holdout."""
+        """The part of H of the held-out tokens, or None without holdout."""
         return self._held_out
 
 

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from atomq.errors import AtomqError, StorageError
 from atomq.models.families import LinearGroup, LinearShape, ModelFamily
-from atomq.numerics.products import half_products
+from atomq.numerics.activations import compute_dtype
+from atomq.numerics.products import half_products, waiting_dtype
 
 TOKENS_PER_BATCH = 8192
 
@@ -27,7 +28,8 @@ TOKENS_PER_BATCH = 8192
 class BlockInputs:
     """What the next block reads: `hidden` [n_windows, seq_len, hidden], and each block's other arguments.
 
-    `hidden` may lie on `device`, where the blocks are, or elsewhere; batches of it visit the device.
+    `hidden` may lie on `device`, where the blocks are, or elsewhere; batches of it visit the device, and the
+    blocks compute with them in float32 whatever dtype they wait in (`products.waiting_dtype`).
     """
 
     hidden: torch.Tensor
@@ -45,14 +47,18 @@ class BlockInputs:
             AtomqError: a value is not finite; named are the block `name`, the first module in it where it is
                 so, and the channel.
         """
+        for batch in self.batches():
+            self.advance(block, batch, name)
+            if on_batch is not None:
+                on_batch(batch.shape[0])
+
+    def advance(self, block: nn.Module, batch: torch.Tensor, name: str = "the block") -> None:
+        """Pass one of `batches` through `block`, as `run` does with all."""
         with torch.inference_mode(), half_products(self.device):
-            for batch in self.batches():
-                result = self.output(block, batch)
-                if not bool(torch.isfinite(result).all()):
-                    raise self._not_finite(block, batch, name)
-                batch.copy_(result)
-                if on_batch is not None:
-                    on_batch(batch.shape[0])
+            result = self.output(block, batch)
+            if not bool(torch.isfinite(result).all()):
+                raise self._not_finite(block, batch, name)
+            batch.copy_(result)
 
     def observe(self, block: nn.Module, batch: torch.Tensor) -> None:
         """Pass `batch` through `block` as far as something inside raises `InputSeen`."""
@@ -85,7 +91,7 @@ class BlockInputs:
 
     def output(self, block: nn.Module, batch: torch.Tensor) -> torch.Tensor:
         """What `block` makes of `batch` [n, seq_len, hidden], on `device`."""
-        output = block(batch.to(self.device), **self.arguments[block])
+        output = block(batch.to(self.device, compute_dtype(batch.dtype)), **self.arguments[block])
         hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return hidden
 
@@ -193,7 +199,7 @@ def capture_block_inputs(
                 except _BlocksPassed as passed:
                     if hidden is None:
                         shape = (len(token_ids), *passed.hidden.shape[1:])
-                        hidden = _room(shape, passed.hidden.dtype, device, scratch)
+                        hidden = _room(shape, waiting_dtype(passed.hidden.dtype, device), device, scratch)
                     hidden[number].copy_(passed.hidden[0])
     finally:
         for block in blocks:

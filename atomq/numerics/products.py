@@ -9,6 +9,7 @@ import contextlib
 from contextlib import AbstractContextManager
 
 import torch
+from torch import nn
 
 _ROWS = 4096  # factor columns that are solved for at a time
 
@@ -21,6 +22,21 @@ def half_products(device: torch.device) -> AbstractContextManager[object]:
     if device.type == "cuda":
         return torch.autocast("cuda", torch.bfloat16)
     return contextlib.nullcontext()
+
+
+def waiting_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What activations of `dtype` are kept in between blocks: bfloat16 on CUDA, half the memory of float32.
+
+    A model that runs in bfloat16 rounds them so after every addition, and not only between blocks.
+    """
+    return torch.bfloat16 if device.type == "cuda" else dtype
+
+
+def halve_linears(module: nn.Module, device: torch.device) -> None:
+    """Keep the weights of `module`'s linears as `half_products` multiplies them, in half of the memory."""
+    for linear in module.modules() if device.type == "cuda" else ():
+        if isinstance(linear, nn.Linear):
+            linear.weight.data = linear.weight.data.bfloat16()
 
 
 def add_gram(total: torch.Tensor, rows: torch.Tensor) -> None:
@@ -63,24 +79,32 @@ def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return left.float() @ right.float()
 
 
-def inverse_factor(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
-    """The upper Cholesky factor [K, K] of the inverse of `matrix`, a symmetric float64 one, in `dtype`.
+def inverse_factor(matrix: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor | None:
+    """The upper Cholesky factor [K, K] of the inverse of `matrix`, a symmetric one, with `diagonal` [K] in place
+    of its own. Computed in float64; it comes back in the dtype of `matrix`.
 
     With the order of channels turned round (J), J A J = L L^T gives A^-1 = U^T U for U = J L^-1 J. So one
-    factorization and half a triangular inverse do it, and beside `matrix` there is one more of its size.
+    factorization and half a triangular inverse do it, with two matrices of float64 in memory at most.
 
     Returns:
-        None if `matrix` is not positive definite, or the factor not finite.
+        None if the matrix is not positive definite, or the factor not finite.
     """
-    lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+    lower, failed = torch.linalg.cholesky_ex(_turned(matrix, diagonal))
     if int(failed) or not bool(torch.isfinite(lower.diagonal()).all()):
         return None
     width = len(matrix)
-    factor = torch.zeros(width, width, dtype=dtype, device=matrix.device)
+    factor = torch.zeros_like(matrix, memory_format=torch.contiguous_format)
     for start in range(0, width, _ROWS):
         end = min(start + _ROWS, width)
-        unit = torch.zeros(width - start, end - start, dtype=matrix.dtype, device=matrix.device)
+        unit = torch.zeros(width - start, end - start, dtype=lower.dtype, device=matrix.device)
         unit.diagonal().fill_(1.0)
         columns = torch.linalg.solve_triangular(lower[start:, start:], unit, upper=False)
         factor[: width - start, width - end : width - start] = columns.flip(0, 1)
     return factor if bool(torch.isfinite(factor).all()) else None
+
+
+def _turned(matrix: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor:
+    """J A J in float64 for `inverse_factor`, in memory of its own."""
+    turned = matrix.flip(0, 1).double()
+    turned.diagonal().copy_(diagonal.flip(0))
+    return turned

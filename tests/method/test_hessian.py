@@ -30,6 +30,7 @@ def test_the_hessian_is_the_mean_over_all_tokens_of_all_calls(holdout):
     batches = [make_tokens(2, 5), make_tokens(1, 7), make_tokens(3)]
     for batch in batches:
         accumulator.add(batch)
+    accumulator.finish()
     tokens = torch.cat([batch.reshape(-1, 6) for batch in batches])
     assert accumulator.n_tokens == 20
     assert accumulator.hessian.dtype == torch.float32
@@ -41,29 +42,33 @@ def test_a_quarter_of_every_call_is_held_out():
     first, second = make_tokens(2, 5), make_tokens(1, 7)
     accumulator.add(first)
     accumulator.add(second)
+    accumulator.finish()
     fit = torch.cat((first.view(-1, 6)[:8], second.view(-1, 6)[:6]))
     held_out = torch.cat((first.view(-1, 6)[8:], second.view(-1, 6)[6:]))
-    assert torch.allclose(accumulator.fit.double(), loop(fit), atol=1e-5)
-    assert torch.allclose(accumulator.held_out.double(), loop(held_out), atol=1e-5)
+    assert torch.allclose(accumulator.fit.double(), loop(fit) / 17, atol=1e-5)
+    assert torch.allclose(accumulator.held_out.double(), loop(held_out) / 17, atol=1e-5)
 
 
 def test_without_holdout_nothing_is_held_out():
     accumulator = HessianAccumulator(6, CPU, holdout=False)
     accumulator.add(make_tokens(9))
+    accumulator.finish()
     assert accumulator.held_out is None
-    assert torch.allclose(accumulator.fit.double(), loop(make_tokens(9)), atol=1e-5)
+    assert torch.allclose(accumulator.fit.double(), loop(make_tokens(9)) / 9, atol=1e-5)
 
 
 def test_half_precision_inputs_are_added_up_in_float32():
     accumulator = HessianAccumulator(6, CPU, holdout=False)
     tokens = make_tokens(50).to(torch.bfloat16)
     accumulator.add(tokens)
+    accumulator.finish()
     assert torch.allclose(accumulator.hessian.double(), loop(tokens) / 50, atol=1e-5)
 
 
 def test_no_tokens_give_a_hessian_of_zeros():
     accumulator = HessianAccumulator(6, CPU, holdout=True)
     accumulator.add(torch.empty(0, 6))
+    accumulator.finish()
     assert not accumulator.hessian.any()
 
 
@@ -97,4 +102,5 @@ def test_the_shift_is_the_mean_over_all_tokens_of_all_calls():
         accumulator.add(x, x_float)
         for a, b in zip(x.reshape(-1, 6).double(), x_float.reshape(-1, 6).double(), strict=True):
             expected += 2 * torch.outer(b - a, a)
+    accumulator.finish()
     torch.testing.assert_close(accumulator.shift.double(), expected / 14, rtol=1e-5, atol=1e-6)

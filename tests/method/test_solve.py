@@ -23,6 +23,7 @@ def make_problem(n_tokens: int, seed: int, *, holdout: bool):
     weights = [torch.randn(rows, WIDTH, generator=generator) for rows in (24, 10)]
     accumulator = HessianAccumulator(WIDTH, CPU, holdout=holdout)
     accumulator.add(torch.randn(n_tokens, WIDTH, generator=generator) @ mixing)
+    accumulator.finish()
     fresh = torch.randn(4000, WIDTH, generator=generator) @ mixing
     return weights, accumulator, fresh.T @ fresh
 
@@ -61,6 +62,7 @@ def test_the_reported_error_is_that_of_the_outputs_and_dead_channels_are_counted
     weight = torch.randn(12, WIDTH, generator=generator)
     accumulator = HessianAccumulator(WIDTH, CPU, holdout=False)
     accumulator.add(x)
+    accumulator.finish()
     (solved,) = solve_group([weight], accumulator, SCHEME, SOLVER)
     dense = solved.weight.dequantize(SCHEME.weights, torch.float32)
     expected = (x @ (weight - dense).T).square().sum() / (x @ weight.T).square().sum()
@@ -71,6 +73,7 @@ def test_the_reported_error_is_that_of_the_outputs_and_dead_channels_are_counted
 def test_a_group_that_is_never_active_has_no_error():
     accumulator = HessianAccumulator(WIDTH, CPU, holdout=False)
     accumulator.add(torch.zeros(200, WIDTH))
+    accumulator.finish()
     (solved,) = solve_group([torch.randn(4, WIDTH)], accumulator, SCHEME, SOLVER)
     assert solved.relative_error == 0
     assert solved.n_dead == WIDTH

@@ -53,21 +53,30 @@ def positive_definite(width: int) -> torch.Tensor:
 def test_the_factor_is_that_of_the_inverse(width, rows_at_a_time, monkeypatch):
     monkeypatch.setattr(products, "_ROWS", rows_at_a_time)
     matrix = positive_definite(width)
+    diagonal = matrix.diagonal() * 1.5
+    expected = torch.linalg.cholesky(torch.linalg.inv(matrix.diagonal_scatter(diagonal)), upper=True)
     before = matrix.clone()
-    factor = inverse_factor(matrix, torch.float64)
-    expected = torch.linalg.cholesky(torch.linalg.inv(matrix), upper=True)
+    factor = inverse_factor(matrix, diagonal)
     assert torch.allclose(factor, expected, rtol=1e-9, atol=1e-12 * expected.abs().max().item())
     assert torch.equal(factor, factor.triu())
     assert torch.equal(matrix, before)
-    assert inverse_factor(matrix, torch.float32).dtype == torch.float32
+
+
+def test_the_factor_of_a_float32_matrix_is_as_good_as_float32_holds_it():
+    matrix = positive_definite(20)
+    exact = inverse_factor(matrix.float().double(), matrix.diagonal())
+    single = inverse_factor(matrix.float(), matrix.diagonal())
+    assert torch.equal(single, exact.float())
 
 
 def test_a_matrix_that_is_not_positive_definite_has_no_factor():
-    matrix = positive_definite(5)
-    matrix[2, 2] = -1
-    assert inverse_factor(matrix, torch.float32) is None
-    assert inverse_factor(torch.full((2, 2), torch.nan, dtype=torch.float64), torch.float32) is None
-    assert inverse_factor(torch.diag(torch.tensor([1e-90, 1.0]).double()), torch.float32) is None
+    matrix = positive_definite(5).float()
+    diagonal = matrix.diagonal().double()
+    diagonal[2] = -1
+    assert inverse_factor(matrix, diagonal) is None
+    not_numbers = torch.full((2, 2), torch.nan)
+    assert inverse_factor(not_numbers, not_numbers.diagonal().double()) is None
+    assert inverse_factor(torch.zeros(2, 2), torch.tensor([1e-90, 1.0]).double()) is None
 
 
 def test_on_the_cpu_products_stay_as_they_are():
