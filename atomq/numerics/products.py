@@ -80,8 +80,8 @@ def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def inverse_factor(matrix: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor | None:
-    """The upper Cholesky factor [K, K] of the inverse of `matrix`, a symmetric one, with `diagonal` [K] in place
-    of its own. Computed in float64; it comes back in the dtype of `matrix`.
+    """The upper Cholesky factor [K, K] of the inverse of a symmetric `matrix` with `diagonal` [K] in place of
+    its own. Computed in float64; it comes back in the dtype of `matrix`.
 
     With the order of channels turned round (J), J A J = L L^T gives A^-1 = U^T U for U = J L^-1 J. So one
     factorization and half a triangular inverse do it, with two matrices of float64 in memory at most.
