@@ -330,6 +330,37 @@ def test_hessians_see_quantized_inputs_and_kv_of_this_block_and_all_of_the_block
                 assert torch.equal(weight, stored)
 
 
+@pytest.mark.parametrize("mode", ["block", "sequential"])
+def test_the_asymmetric_target_sees_the_float_models_inputs_in_every_block(mode, monkeypatch):
+    floats: dict[HessianAccumulator, list[torch.Tensor]] = {}
+
+    def add(self, x, x_float=None):
+        floats.setdefault(self, []).append(x_float)
+        return original(self, x, x_float)
+
+    original = HessianAccumulator.add
+    monkeypatch.setattr(HessianAccumulator, "add", add)
+    calls = spy_on_solving(monkeypatch)
+    model, _ = quantized("llama", override(ATOM, {"solver.asymmetry": 0.5, "solver.calibration": mode}))
+    untouched = make_tiny_model()
+    groups = find_family("llama").groups
+    hessians = iter(hessian for _, hessian in calls)
+    for block in (0, 1):
+        for group in groups:
+            name, seen = f"model.layers.{block}.{group.owner}", []
+            hook = untouched.get_submodule(name).register_forward_pre_hook(
+                lambda _module, args, seen=seen: seen.append(args[0])
+            )
+            with torch.no_grad():
+                untouched(TOKENS)
+            hook.remove()
+            hessian = next(hessians)
+            found = torch.cat(floats[hessian])
+            expected = model.get_submodule(name).order_channels(seen[0])
+            assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5), name
+            assert hessian.shift is not None
+
+
 def test_the_same_call_gives_the_same_bytes():
     first, _ = quantized("qwen2", ATOM)
     second, _ = quantized("qwen2", ATOM)

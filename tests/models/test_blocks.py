@@ -8,6 +8,7 @@ from tiny_models import TINY_MODELS, make_tiny_model
 
 from atomq.models.blocks import BlockInputs, InputSeen, blocks_of, capture_block_inputs, linear_shapes
 from atomq.models.families import LinearShape, find_family
+from atomq.numerics.products import waiting_dtype
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(2, 256, (5, 20), generator=torch.Generator().manual_seed(0))
@@ -52,6 +53,24 @@ def test_blocks_of_different_masks_get_their_own():
         inputs.run(block)
     expected = model.model(TOKENS).last_hidden_state
     assert torch.allclose(model.model.norm(inputs.hidden), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_activations_wait_in_bfloat16_on_a_gpu_and_blocks_compute_with_them_in_float32(monkeypatch):
+    cuda = torch.device("cuda")
+    assert waiting_dtype(torch.float32, cuda) == torch.bfloat16
+    assert waiting_dtype(torch.float32, CPU) == torch.float32
+    monkeypatch.setattr(
+        "atomq.models.blocks.waiting_dtype", lambda dtype, _device: waiting_dtype(dtype, cuda)
+    )
+    model = make_tiny_model()
+    inputs = capture(model)
+    first = inputs.hidden.float()
+    assert inputs.hidden.dtype == torch.bfloat16
+    assert torch.equal(first, model.model.embed_tokens(TOKENS).bfloat16().float())
+    exact = BlockInputs(first, inputs.arguments, CPU)
+    inputs.run(model.model.layers[0])
+    exact.run(model.model.layers[0])
+    assert torch.equal(inputs.hidden, exact.hidden.bfloat16())
 
 
 def test_observing_leaves_the_inputs_alone_and_ends_where_an_observer_has_seen_enough():
