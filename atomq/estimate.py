@@ -26,12 +26,11 @@ from atomq.formats.files import write_file
 from atomq.formats.journal import Hashed
 from atomq.formats.shards import ShardTensor, shard_bytes, whole
 from atomq.memory import PeakMemory, free_bytes, held_bytes
-from atomq.models.blocks import blocks_of, linear_shapes
+from atomq.models.blocks import blocks_of, bytes_between_blocks, linear_shapes
 from atomq.models.families import ModelFamily, find_family
 from atomq.models.loading import companions, load_tokenizer, open_float_model
 from atomq.models.source import ModelSource, resolve_source, source_hash
 from atomq.models.streaming import StoredWeights, tensors_to_store
-from atomq.numerics.products import waiting_dtype
 from atomq.progress import OnProgress, silently
 
 _SMALL_FILES = 80_000  # config, manifest, index, card, reports
@@ -246,10 +245,9 @@ def _bytes_outside_blocks(model: PreTrainedModel, family: ModelFamily, weights: 
 
 def _activation_bytes(model: PreTrainedModel, recipe: Recipe, device: torch.device, n_tokens: int) -> int:
     """Those of the calibration text between two blocks, of the float model too where it is carried along."""
-    itemsize = waiting_dtype(torch.float32, device).itemsize
     solves = recipe.solver.method == "gptq" and recipe.scheme.weights.n_bits < FLOAT_BITS
     n_streams = 2 if solves and recipe.solver.needs_reference else 1
-    return n_streams * itemsize * n_tokens * int(model.config.hidden_size)
+    return n_streams * bytes_between_blocks(n_tokens, int(model.config.hidden_size), device)
 
 
 def _refuse_hopeless(

@@ -228,6 +228,11 @@ def _room(
     return torch.frombuffer(mapped, dtype=dtype).view(shape)
 
 
+def bytes_between_blocks(n_tokens: int, width: int, device: torch.device) -> int:
+    """What the hidden states [n_tokens, width] of a float32 model take between two blocks."""
+    return n_tokens * width * waiting_dtype(torch.float32, device).itemsize
+
+
 def _to_device(value: Any, device: torch.device, moved: dict[int, Any]) -> Any:
     """Nested arguments on `device`; what blocks share stays shared (`moved`, by identity).
 
