@@ -6,14 +6,17 @@ all others: first each group's scale takes its least-squares value, then each co
 after another (both are exact minimizers of a parabola, so neither can raise the error), the INT8 outlier
 columns last.
 
-Column j's best value is v_j + R_j / H_jj with R = (T - V) H, and changing v_j by d changes R by d H_j.
+Column j's best value is v_j + R_j / H_jj with R = (T - V) H, and changing v_j by d changes R by -d H_j.
 Inside a block this recursion is GPTQ's own with another matrix: with A_jk = H_jk / H_kk for k > j, it is
-`gptq_block` on ``p (I + A)^-1`` with the factor ``(I + A)^-1``, where p = v + R / diag(H) + v A. The same
-kernel runs both.
+`gptq_block` on ``v + R diag(H)^-1 (I + A)^-1`` with the factor ``(I + A)^-1``. The same kernel runs both.
+
+R is made for a span of several groups by one product over all columns; what changes in a group reaches the
+later ones of its span by a small product.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +30,7 @@ from atomq.numerics.scales import MAX_FACTOR, round_to_stored
 from atomq.numerics.weights import QuantizedWeight, spread_rows, weight_grid
 
 OUTLIER_GRID = CodeGrid(8)
+SPAN = 1024  # columns: enough for a product of full speed
 
 
 def descend(
@@ -46,26 +50,45 @@ def descend(
     n_normal = start.codes.shape[1]
     grid = weight_grid(scheme.weights)
     recursions = _Recursions(hessian)
+    groups = [slice(*bounds) for bounds in group_bounds(n_normal, scheme.weights.group_size)]
     for _ in range(n_sweeps):
-        for index, (first, last) in enumerate(group_bounds(n_normal, scheme.weights.group_size)):
-            group = slice(first, last)
-            residual = state.error @ hessian[:, group]
-            state.refit_scale(residual, hessian[group, group], index, group, scheme)
-            scales = state.per_row(state.scales[:, index], scheme)
-            zeros = None if state.zeros is None else state.per_row(state.zeros[:, index], scheme)
-            for block in _blocks(group):
-                state.codes[:, block] = _redo_columns(
-                    state, recursions, residual, group, block, scales, zeros, grid
-                )
+        for span, indices in _spans(groups):
+            residual = state.error @ hessian[:, span]
+            for index in indices:
+                group = groups[index]
+                own = slice(group.start - span.start, group.stop - span.start)
+                before = state.values[:, group].clone()
+                state.refit_scale(residual[:, own], hessian[group, group], index, group, scheme)
+                scales = state.per_row(state.scales[:, index], scheme)
+                zeros = None if state.zeros is None else state.per_row(state.zeros[:, index], scheme)
+                for block in _blocks(group):
+                    state.codes[:, block] = _redo_columns(
+                        state, recursions, residual[:, own], group, block, scales, zeros, grid
+                    )
+                if group.stop < span.stop:
+                    change = state.values[:, group] - before
+                    residual[:, own.stop :].addmm_(change, hessian[group, group.stop : span.stop], alpha=-1)
         if state.outliers is not None and state.outliers.scales is not None:
+            columns = slice(n_normal, target.shape[1])
+            residual = state.error @ hessian[:, columns]
             scales = state.outliers.scales.to(target.dtype)
-            for block in _blocks(slice(n_normal, target.shape[1])):
-                residual = state.error @ hessian[:, block]
+            for block in _blocks(columns):
                 own = slice(block.start - n_normal, block.stop - n_normal)
                 state.outliers.values[:, own] = _redo_columns(
-                    state, recursions, residual, block, block, scales, None, OUTLIER_GRID
+                    state, recursions, residual, columns, block, scales, None, OUTLIER_GRID
                 )
     return state.result()
+
+
+def _spans(groups: list[slice]) -> Iterator[tuple[slice, range]]:
+    """Runs of groups of at most SPAN columns, but at least one group: their columns, and their numbers."""
+    first = 0
+    while first < len(groups):
+        last = first
+        while last + 1 < len(groups) and groups[last + 1].stop - groups[first].start <= SPAN:
+            last += 1
+        yield slice(groups[first].start, groups[last].stop), range(first, last + 1)
+        first = last + 1
 
 
 def _blocks(columns: slice) -> list[slice]:
@@ -82,13 +105,15 @@ class _Recursions:
         self._made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def of(self, block: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [B, B] and (I + A)^-1 of the columns `block`; see above."""
+        """(I + A)^-1 of the columns `block` [B, B], and diag(H)^-1 times it; see above."""
         if block.start not in self._made:
-            own = self.hessian[block, block]
-            follow = torch.triu(own, 1) / own.diagonal()
-            identity = torch.eye(len(own), dtype=torch.float64, device=own.device)
-            factor = torch.linalg.solve_triangular(identity + follow.double(), identity, upper=True)
-            self._made[block.start] = (follow, factor)
+            own = self.hessian[block, block].double()
+            diagonal = own.diagonal()
+            identity = torch.eye(len(own), dtype=own.dtype, device=own.device)
+            follow = identity + torch.triu(own, 1) / diagonal
+            factor = torch.linalg.solve_triangular(follow, identity, upper=True)
+            dtype = self.hessian.dtype
+            self._made[block.start] = (factor.to(dtype), (factor / diagonal.unsqueeze(1)).to(dtype))
         return self._made[block.start]
 
 
@@ -96,7 +121,7 @@ def _redo_columns(
     state: _State,
     recursions: _Recursions,
     residual: torch.Tensor,
-    group: slice,
+    columns: slice,
     block: slice,
     scales: torch.Tensor,
     zeros: torch.Tensor | None,
@@ -104,16 +129,16 @@ def _redo_columns(
 ) -> torch.Tensor:
     """New codes [N, B] of the columns `block`, one after another, each the best given the rest.
 
-    `residual` [N, width] is (T - V) H of the columns `group`, of which `block` is a part; it, and the values
-    of `state`, are made those of the new codes as far as later columns need them.
+    `residual` [N, width] is R of `columns`, of which `block` is a part; it is kept true for those after the
+    block, and `state` for the block.
     """
-    hessian, (follow, factor) = recursions.hessian, recursions.of(block)
-    own = slice(block.start - group.start, block.stop - group.start)
+    factor, steps = recursions.of(block)
+    own = slice(block.start - columns.start, block.stop - columns.start)
     present = state.values[:, block]
-    best = present + residual[:, own] / hessian.diagonal()[block] + present @ follow
-    start = (best.double() @ factor).to(best.dtype)
-    codes, new, _ = gptq_block(start, scales, zeros, factor.to(best.dtype), grid)
-    residual[:, own.stop :] -= (new - present) @ hessian[block, block.stop : group.stop]
+    codes, new, _ = gptq_block(torch.addmm(present, residual[:, own], steps), scales, zeros, factor, grid)
+    if block.stop < columns.stop:
+        later = recursions.hessian[block, block.stop : columns.stop]
+        residual[:, own.stop :].addmm_(new - present, later, alpha=-1)
     state.set_values(block, new)
     return codes
 
@@ -155,7 +180,7 @@ class _State:
     def set_values(self, columns: slice, values: torch.Tensor) -> None:
         """Give `columns` new `values` [N, width]."""
         self.values[:, columns] = values
-        self.error[:, columns] = self.target[:, columns] - values
+        torch.sub(self.target[:, columns], values, out=self.error[:, columns])
 
     def per_row(self, per_channel_group: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
         """[N], contiguous, of one group's scales or zeros [ceil(N / channel_group)]."""
@@ -173,11 +198,11 @@ class _State:
             residual: R [N, width] of the group, made that of the new scale.
             hessian: [width, width], the group's own part.
         """
-        n_rows, channel_group = len(residual), scheme.weights.channel_group
-        old, present = self.scales[:, index], self.values[:, group]
-        q = present / spread_rows(old, n_rows, channel_group).unsqueeze(-1)
-        slope = _sum_rows((q * residual).sum(1), channel_group)
-        curvature = _sum_rows(((q @ hessian) * q).sum(1), channel_group)
+        old = self.scales[:, index]
+        q = self.values[:, group] / self.per_row(old, scheme).unsqueeze(-1)
+        response = q @ hessian
+        slope = _sum_rows((q * residual).sum(1), scheme.weights.channel_group)
+        curvature = _sum_rows((q * response).sum(1), scheme.weights.channel_group)
         best = old + slope / curvature.clamp(min=torch.finfo(q.dtype).tiny)
         if self.base is not None and self.factors is not None:
             factors = (best / self.base).round().clamp_(1, MAX_FACTOR)
@@ -185,12 +210,12 @@ class _State:
         else:
             new = round_to_stored(best)
         taken = (curvature > 0) & (new > 0) & ((new - best).abs() < (old - best).abs())
-        self.scales[:, index] = torch.where(taken, new, old)
+        new = torch.where(taken, new, old)
         if self.base is not None and self.factors is not None:
             self.factors[:, index] = torch.where(taken, factors, self.factors[:, index])
-        values = q * spread_rows(self.scales[:, index], n_rows, channel_group).unsqueeze(-1)
-        residual -= (values - present) @ hessian
-        self.set_values(group, values)
+        residual.addcmul_(response, self.per_row(old - new, scheme).unsqueeze(-1))
+        self.set_values(group, q * self.per_row(new, scheme).unsqueeze(-1))
+        self.scales[:, index] = new
 
     def result(self) -> QuantizedWeight:
         return QuantizedWeight(self.codes, self.scales, self.zeros, self.outliers, self.base, self.factors)
@@ -198,5 +223,6 @@ class _State:
 
 def _sum_rows(per_row: torch.Tensor, channel_group: int) -> torch.Tensor:
     """Sums [ceil(N / channel_group)] over neighbouring rows; the last may be short."""
-    padding = -len(per_row) % channel_group
-    return torch.nn.functional.pad(per_row, (0, padding)).view(-1, channel_group).sum(1)
+    if padding := -len(per_row) % channel_group:
+        per_row = torch.nn.functional.pad(per_row, (0, padding))
+    return per_row.view(-1, channel_group).sum(1)

@@ -91,8 +91,10 @@ def slow_sweep(target, hessian, start, scheme):
     return codes, scales, V
 
 
+@pytest.mark.parametrize("span", [1, 40, 1024])
 @pytest.mark.parametrize("case", CASES)
-def test_a_sweep_is_the_slow_sweep(case):
+def test_a_sweep_is_the_slow_sweep_whatever_is_multiplied_at_once(case, span, monkeypatch):
+    monkeypatch.setattr("atomq.method.descent.SPAN", span)
     scheme, width = CASES[case]
     weight, hessian = problem(width)
     start = start_of(weight, hessian, scheme)
