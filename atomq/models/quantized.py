@@ -17,7 +17,7 @@ from atomq.config import FLOAT_BITS, KVScheme, QuantScheme
 from atomq.models.blocks import block_groups
 from atomq.models.families import ModelFamily
 from atomq.numerics.kv import fake_quantize_heads
-from atomq.numerics.linear import InputOrder, QuantizedLinear, TensorSpec
+from atomq.numerics.linear import InputOrder, QuantizedLinear, SharedInput, TensorSpec
 from atomq.numerics.scales import straight_through
 
 
@@ -32,6 +32,7 @@ def install_linears(block: nn.Module, family: ModelFamily, scheme: QuantScheme) 
     installed: dict[str, QuantizedLinear] = {}
     for group in block_groups(block, family):
         of_group = scheme if group.transformed else dataclasses.replace(scheme, transform="none")
+        shared = SharedInput(len(group.linears)) if len(group.linears) > 1 else None
         for name in group.linears:
             linear = block.get_submodule(name)
             assert isinstance(linear, nn.Linear), name
@@ -42,6 +43,7 @@ def install_linears(block: nn.Module, family: ModelFamily, scheme: QuantScheme) 
             installed[name] = QuantizedLinear(
                 linear.in_features, linear.out_features, of_group, linear.bias, order
             )
+            installed[name].shared = shared
             block.set_submodule(name, installed[name])
     return installed
 

@@ -74,6 +74,28 @@ class InputOrder(NamedTuple):
     gathered: bool
 
 
+class SharedInput:
+    """What the linears of one group make of the input that all of them read: the first makes it for all.
+
+    An input counts as the same only while it is the very same tensor, and until each of them has read it.
+    """
+
+    def __init__(self, n_readers: int) -> None:
+        self.n_readers = n_readers
+        self._n_left = 0
+        self._pair: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def of(self, x: torch.Tensor, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """``make(x)``, or what an earlier reader made of `x`."""
+        if self._pair is None or self._pair[0] is not x:
+            self._pair, self._n_left = (x, make(x)), self.n_readers
+        made = self._pair[1]
+        self._n_left -= 1
+        if not self._n_left:
+            self._pair = None
+        return made
+
+
 class QuantizedLinear(nn.Module):
     """A linear whose weight is stored in codes and whose input is quantized on the way in.
 
@@ -97,6 +119,7 @@ class QuantizedLinear(nn.Module):
         self.observer: Callable[[torch.Tensor], None] | None = None
         # Gives the dense weight while it is being learned; quantized inputs then let gradients through.
         self.learned_weight: Callable[[], torch.Tensor] | None = None
+        self.shared: SharedInput | None = None  # given to the linears of a group that read one input alike
         # A tuple hides the owner from nn.Module's registry: its `perm` must appear once in the state dict.
         self._owner = () if order is None or order.owner is None else (order.owner,)
         self.is_gathered = order is not None and order.gathered
@@ -216,7 +239,10 @@ class QuantizedLinear(nn.Module):
         return quantized if self.learned_weight is None else straight_through(ordered, quantized)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        quantized = self.quantize_input(x)
+        if self.shared is None or torch.is_grad_enabled():
+            quantized = self.quantize_input(x)
+        else:
+            quantized = self.shared.of(x, self.quantize_input)
         if self.observer is not None:
             self.observer(quantized)
         bias = None if self.bias is None else self.bias.to(quantized.dtype)

@@ -19,7 +19,7 @@ from torch import nn
 
 from atomq.config import ActivationScheme, OutlierScheme, QuantScheme, SolverConfig, WeightScheme
 from atomq.method.gptq import rtn_quantize
-from atomq.numerics.linear import InputOrder, QuantizedLinear, linear_specs, transform_input
+from atomq.numerics.linear import InputOrder, QuantizedLinear, SharedInput, linear_specs, transform_input
 from atomq.numerics.weights import QuantizedWeight
 
 N_IN, N_OUT = 72, 11  # with 16 outliers and groups of 16, like 576 with 128: the last group has 8 channels
@@ -459,6 +459,36 @@ def test_a_deep_copy_computes_the_same_and_stands_alone(scheme):
         if name != "bias":
             tensor.view(torch.uint8).zero_()
     assert torch.equal(twin(x), output)
+
+
+def test_linears_of_a_group_quantize_the_input_that_they_share_once(monkeypatch):
+    scheme, made = SCHEMES["atom"], []
+    owner = make_linear(scheme)
+    followers = [QuantizedLinear(N_IN, N_OUT, scheme, None, InputOrder(owner, gathered=True)) for _ in "ab"]
+    for follower in followers:
+        follower.set_codes(owner.quantized_weight())
+    group = [owner, *followers]
+    x, other = make_inputs(3, False, scheme, None), make_inputs(3, True, scheme, None, seed=1)
+    expected = [[linear(t) for linear in group] for t in (x, other)]
+    quantize = QuantizedLinear.quantize_input
+    monkeypatch.setattr(
+        QuantizedLinear, "quantize_input", lambda self, t: made.append(t) or quantize(self, t)
+    )
+    shared = SharedInput(len(group))
+    for linear in group:
+        linear.shared = shared
+    with torch.no_grad():
+        for own, right in zip((x, other), expected, strict=True):
+            assert all(torch.equal(linear(own), y) for linear, y in zip(group, right, strict=True))
+        assert [t is own for t, own in zip(made, (x, other), strict=True)] == [True, True]
+        x.copy_(other)  # all have read it: what is in it now counts
+        assert torch.equal(owner(x), expected[1][0])
+        assert torch.equal(followers[0](other), expected[1][1])
+        assert len(made) == 4
+    made.clear()
+    for linear in group:  # where gradients are taken each makes its own
+        linear(x)
+    assert len(made) == 3
 
 
 def test_a_deep_copied_group_follows_its_own_copy_of_the_order():
