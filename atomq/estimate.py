@@ -126,7 +126,9 @@ def estimate(
     seconds = {"loading": loading}
     for phase, (once, each) in probe.phases.items():
         seconds[phase] = once + n_blocks * each
-    seconds["writing"] = seconds.get("writing", 0.0) + probe.seconds_per_byte * outer_bytes
+    # Files are written while the next block is computed; only what takes longer than that is waited for.
+    to_disk = probe.seconds_per_byte * (n_blocks * probe.shard_bytes + outer_bytes)
+    seconds["writing"] += max(0.0, to_disk - sum(seconds.values()))
     seconds["total"] = sum(seconds.values())
     copied_bytes = sum(map(len, companions(source).values()))
     out_bytes = n_blocks * probe.shard_bytes + outer_bytes + copied_bytes + _SMALL_FILES
@@ -186,10 +188,11 @@ class _Probe:
             _wait(self.device)
             self.phases["statistics"] = (first.time - began, time.perf_counter() - first.time)
 
+        written: dict[str, ShardTensor] = {}
+
         def write(prefix: str, block: nn.Module, _reports: object) -> None:
-            self._write(
-                {n: whole(t) for n, t in tensors_to_store(block, f"{prefix}.", weights.dtype).items()}
-            )
+            tensors = tensors_to_store(block, f"{prefix}.", weights.dtype)
+            written.update((name, whole(tensor)) for name, tensor in tensors.items())
 
         first = _FirstCall()
         began = time.perf_counter()
@@ -210,6 +213,7 @@ class _Probe:
         for phase, lasted in report.seconds.items():
             once = min(first.time - began, lasted) if solves and phase == "hessians" else 0.0
             self.phases[phase] = (once, lasted - once)
+        self._write(written)
 
     def _write(self, tensors: dict[str, ShardTensor]) -> None:
         content = Hashed(shard_bytes(tensors))

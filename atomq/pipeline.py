@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 import atomq
 from atomq import distributed
 from atomq.assist import Plan, cut_windows, expert_routing
+from atomq.background import Background
 from atomq.block_loop import (
     FinishedBlock,
     QuantizationReport,
@@ -172,7 +173,12 @@ def quantize(
     calibration = calibration or CalibrationConfig()
     source = resolve_source(model_name)
     writing = CheckpointWriter(out, overwrite=overwrite, restart=restart)
-    with distributed.processes(place), writing as writer, PeakMemory(place) as memory:
+    with (
+        distributed.processes(place),
+        writing as writer,
+        Background() as background,
+        PeakMemory(place) as memory,
+    ):
         tokenizer = load_tokenizer(source)  # needed in the checkpoint, whatever the recipe
         windows = cut_windows(tokenizer, calibration) if recipe.needs_calibration else None
         model, weights = open_float_model(source, rotation=recipe.solver.rotation)
@@ -193,7 +199,8 @@ def quantize(
         writer.begin(job, n_shards=model.config.num_hidden_layers + 1)
         routing = expert_routing(family, calibration)
         if writer.facts_of(1) is None:
-            writer.write_shard(1, _tensors_outside_blocks(model, f"{family.blocks}.", weights))
+            outside = _tensors_outside_blocks(model, f"{family.blocks}.", weights)
+            background.run(writer.write_shard, 1, outside)
         loaded = time.perf_counter()
         scratch = writer.progress if activations == "disk" else None
         if statistics is None and recipe.scheme.outliers.reorder:
@@ -210,13 +217,14 @@ def quantize(
             )
             write_calibration(writer.statistics, key, statistics, {}, {STARVED: routing.starved})
             writer.keep_statistics()
+        background.wait()  # a broken tensor outside of the blocks is found before any of them is quantized
         gathered = time.perf_counter()
 
         def write_block(prefix: str, block: nn.Module, reports: list[LinearReport]) -> None:
             tensors = tensors_to_store(block, f"{prefix}.", weights.dtype)
             starved = {name: n for name, n in routing.starved.items() if name.startswith(f"{prefix}.")}
             facts = {"linears": [asdict(report) for report in reports], STARVED: starved}
-            writer.write_shard(_shard_of(prefix), tensors, facts)
+            background.run(writer.write_shard, _shard_of(prefix), tensors, facts)
 
         report = quantize_blocks(
             model,
@@ -231,6 +239,7 @@ def quantize(
             finished,
             scratch,
         )
+        background.wait()
         writer.write_index()
         config = model.config.to_dict()
         config["quantization_config"] = quantization_config(family, recipe.scheme)

@@ -73,6 +73,7 @@ LAW = {
     "block_loop": {"block_quantizer", "method", "models", "numerics"},
     "report": {"formats", "numerics"},
     "memory": set(),
+    "background": set(),
     "estimate": {"assist", "block_loop", "formats", "memory", "models"},
     "ladder": set(),
     "ablation": {"assist", "block_loop", "eval", "facts", "formats", "hf", "ladder", "models", "pipeline"},
@@ -81,6 +82,7 @@ LAW = {
     "pipeline": {
         *(
             "assist",
+            "background",
             "facts",
             "memory",
             "block_loop",
