@@ -1,4 +1,4 @@
-"""`python -m benchmarks.readme`: write the README's tables and picture again from the records.
+"""`python -m benchmarks.readme`: write the tables and the picture of PAGES again from the records.
 
 A table stands between `<!-- figures: NAME -->` and `<!-- end -->`. tests/test_docs.py fails when a table or
 the picture is not what this makes of the records.
@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "method.md")
 RESULTS = "benchmarks/results"
 ACCURACY = "2026-11-27-h100-accuracy-smollm2.json"
+LADDER = "2026-11-28-h100-ladder-smollm2.json"
 GEMM = "2026-11-22-h100-gemm.json"
 GEMM_SHAPE = (28672, 8192)
 GEMM_TOKENS = (1, 64, 256, 4096)
@@ -50,8 +52,7 @@ def accuracy() -> str:
     for text, (unquantized, quantized) in texts.items():
         measured = [f"{rows[name][quantized]:.2f}" for name in columns.values()]
         lines.append([text, f"{found[unquantized]:.2f}", *measured])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{table}\n\nCalibrated on WikiText-2 validation; one H100 ({link(ACCURACY)})."
+    return f"{_table(lines)}\n\nCalibrated on WikiText-2 validation; one H100 ({link(ACCURACY)})."
 
 
 def gemm() -> str:
@@ -66,10 +67,30 @@ def gemm() -> str:
     for n_tokens in GEMM_TOKENS:
         count = f"{n_tokens} token{'s' if n_tokens > 1 else ''}"
         lines.append([count, *(f"{found[n_tokens, name]:.1f}" for name in GEMM_COLUMNS)])
+    return _table(lines)
+
+
+def ladder() -> str:
+    """Every step of `atomq ablate`."""
+    found = record(LADDER)
+    texts = [
+        f"{text}, {found[use]['n_windows']} windows"
+        for text, use in (("WikiText-2 test", "evaluation"), ("C4 sample", "second"))
+    ]
+    head = ["step", *texts, "KL, nats", "bits of weights / activations / KV"]
+    lines = [head, ["---"] * len(head)]
+    for row in found["rows"]:
+        kl = "" if row["kl"] is None else f"{row['kl']:.3f}"
+        bits = " / ".join(f"{row['effective_bits'][part]:.3g}" for part in ("weight", "activation", "kv"))
+        lines.append([row["name"], f"{row['ppl']:.2f}", f"{row['second_ppl']:.2f}", kl, bits])
+    return _table(lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {"accuracy": accuracy, "gemm": gemm, "ladder": ladder}
+
+
+def _table(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-TABLES: dict[str, Callable[[], str]] = {"accuracy": accuracy, "gemm": gemm}
 
 
 def with_tables(text: str) -> str:
@@ -133,8 +154,8 @@ def _panel(left: int, title: str, bars: list[tuple[str, float]], form: str) -> s
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     PICTURE.write_text(picture(), encoding="utf-8")
 
