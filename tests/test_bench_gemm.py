@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ from atomq.errors import KernelError, VerificationError
 from atomq.eval import gemm_bench, gemm_candidates, gemm_kernels
 from atomq.eval.gemm_bench import Ceilings, Result
 from atomq.eval.gemm_candidates import Work
-from atomq.eval.gemm_timing import Timing, n_copies
+from atomq.eval.gemm_timing import Timing, n_copies, turns
 from atomq.formats.gemm_plot import draw_speedups
 from atomq.kernels.loader import ARCHITECTURES
 
@@ -108,6 +109,14 @@ def _fake_gpu(monkeypatch):
     monkeypatch.setattr(gemm_bench, "measure_ceilings", lambda: Ceilings(3e9, 1e12))
     monkeypatch.setattr(gemm_bench, "environment", lambda _: {"gpu": "a GPU"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+@pytest.mark.parametrize("count", [2, 3, 10])
+def test_a_candidate_does_not_always_follow_the_same_one(count):
+    order = [i for number in range(3) for i in turns(count, number)]
+    assert sorted(order) == sorted(3 * list(range(count)))
+    before = {i: {a for a, b in itertools.pairwise(order) if b == i and a != i} for i in range(count)}
+    assert all(len(neighbours) > 1 or count == 2 for neighbours in before.values())
 
 
 @pytest.mark.usefixtures("_fake_gpu")

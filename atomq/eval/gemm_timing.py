@@ -60,7 +60,8 @@ def describe_method() -> dict[str, object]:
         "warm_up_us_per_turn": _WARM_UP_US,
         "cold_samples": _COLD_SAMPLES,
         "rotated_bytes": CACHE_BYTES,
-        "order": "candidates take turns in every round; a turn begins with untimed replays of its own graph",
+        "order": "candidates take turns in every round, every second round backwards; "
+        "a turn begins with untimed replays of its own graph",
     }
 
 
@@ -85,8 +86,8 @@ def time_in_turns(candidates: Sequence[Sequence[Launch]], rounds: int = ROUNDS) 
     with torch.cuda.stream(stream):
         batches = [_capture(launches, timed) for launches in candidates]
         samples: list[list[float]] = [[] for _ in batches]
-        for shift in range(rounds):
-            for i in _rotated(len(batches), shift):
+        for number in range(rounds):
+            for i in turns(len(batches), number):
                 batch = batches[i]
                 for _ in range(math.ceil(_WARM_UP_US / batch.replay_us)):
                     batch.many.replay()  # no pause lies between the last of them and the first sample
@@ -95,7 +96,7 @@ def time_in_turns(candidates: Sequence[Sequence[Launch]], rounds: int = ROUNDS) 
         flushed = torch.empty(int(CACHE_BYTES), dtype=torch.uint8, device="cuda")
         cold: list[list[float]] = [[] for _ in batches]
         for shift in range(_COLD_SAMPLES):
-            for i in _rotated(len(batches), shift):
+            for i in turns(len(batches), shift):
                 flushed.fill_(shift)
                 cold[i].append(timed(batches[i].one.replay))
     deciles = [statistics.quantiles(values, n=10) for values in samples]
@@ -105,8 +106,14 @@ def time_in_turns(candidates: Sequence[Sequence[Launch]], rounds: int = ROUNDS) 
     ]
 
 
-def _rotated(count: int, shift: int) -> list[int]:
-    return [(i + shift) % count for i in range(count)]
+def turns(count: int, round_number: int) -> list[int]:
+    """The order of `count` candidates in a round: another one begins, and every second round runs backwards.
+
+    So a candidate does not always follow the same one: what ran before still shows after a turn's warm-up (9 %
+    after float16 products on an H100, whose power had lowered the clock).
+    """
+    step = -1 if round_number % 2 else 1
+    return [(round_number + step * i) % count for i in range(count)]
 
 
 def _capture(launches: Sequence[Launch], timed: Callable[[Launch], float]) -> _Batch:
