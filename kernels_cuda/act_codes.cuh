@@ -62,52 +62,35 @@ struct Coder {
         high = (highest * integer_factor & 0xffff) * 0x10001u;
     }
 
-    // 16 operands: codes, times the factor where progressive.
-    __device__ uint4 encode(const float (&values)[RUN_CHANNELS]) const {
-        unsigned words[4];
+    // Four operands: codes, times the factor where progressive.
+    __device__ unsigned encode(const float* values) const {
+        unsigned pairs[2];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            unsigned pairs[2];
+        for (int j = 0; j < 2; ++j) {
+            float codes[2];
 #pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                float codes[2];
-#pragma unroll
-                for (int k = 0; k < 2; ++k) {
-                    codes[k] = ieee::add(quotient(values[4 * i + 2 * j + k], scale, inverse), ROUNDER);
-                    if (PROGRESSIVE) codes[k] = ieee::fma(ieee::sub(codes[k], ROUNDER), factor, ROUNDER);
-                }
-                // Fewer than 2^15 in magnitude, so the low halves hold them whole.
-                pairs[j] = __byte_perm(__float_as_uint(codes[0]), __float_as_uint(codes[1]), 0x5410);
-                pairs[j] = __vmins2(__vmaxs2(pairs[j], low), high);
+            for (int k = 0; k < 2; ++k) {
+                codes[k] = ieee::add(quotient(values[2 * j + k], scale, inverse), ROUNDER);
+                if (PROGRESSIVE) codes[k] = ieee::fma(ieee::sub(codes[k], ROUNDER), factor, ROUNDER);
             }
-            words[i] = __byte_perm(pairs[0], pairs[1], 0x6420);
+            // Fewer than 2^15 in magnitude, so the low halves hold them whole.
+            pairs[j] = __byte_perm(__float_as_uint(codes[0]), __float_as_uint(codes[1]), 0x5410);
+            pairs[j] = __vmins2(__vmaxs2(pairs[j], low), high);
         }
-        return make_uint4(words[0], words[1], words[2], words[3]);
+        return __byte_perm(pairs[0], pairs[1], 0x6420);
     }
 };
 
-// The codes and scales of the lane's channels, zeros past the last token.
-__device__ __forceinline__ void store(const Problem& p, const Place& place, int token, const Values& values,
-                                      const float (&largest)[GROUPS], float base) {
-    const bool is_token = token < p.n_tokens;
-#pragma unroll
-    for (int group = 0; group < GROUPS; ++group) {
-        const Coder coder(p, place, largest[group], base);
-        if (place.exists && place.lane == 0) {
-            int row = -1;
-            if (place.is_outlier) {
-                if (place.slot + group == 0) row = PROGRESSIVE ? 1 : p.n_slots * GROUPS;
-            } else if (!PROGRESSIVE) {
-                row = place.slot * GROUPS + group;
-            }
-            const bool is_group = place.is_outlier || place.group_width(p, group) > 0;
-            if (row >= 0) p.token_scales[row * p.padded_tokens + token] = is_token && is_group ? coder.scale : 0.0f;
-        }
-#pragma unroll
-        for (int run = group; run < RUNS; run += GROUPS) {
-            const uint4 words = is_token ? coder.encode(values[run]) : make_uint4(0, 0, 0, 0);
-            const unsigned row = place.slot_number(p) * p.padded_tokens + token;
-            if (place.exists) p.codes[row * 8 + ((run * LANES + place.lane) ^ (token & 7))] = words;
-        }
+// The scale of a group of the slot, or of the token's outliers, by one lane for all of them; zero past the last token.
+__device__ __forceinline__ void store_scale(const Problem& p, const Place& place, int group, int token, float scale) {
+    if (!place.exists || place.lane != 0) return;
+    int row = -1;
+    if (place.is_outlier) {
+        if (place.slot + group == 0) row = PROGRESSIVE ? 1 : p.n_slots * GROUPS;
+    } else if (!PROGRESSIVE) {
+        row = place.slot * GROUPS + group;
     }
+    const bool is_group = place.is_outlier || place.group_width(p, group) > 0;
+    if (row >= 0) p.token_scales[row * p.padded_tokens + token] = token < p.n_tokens && is_group ? scale : 0.0f;
 }
+

@@ -49,6 +49,29 @@
 #include "act_transform.cuh"
 #include "grid_order.cuh"
 
+namespace {
+
+// The codes and scales of the lane's channels, zeros past the last token.
+__device__ __forceinline__ void store(const Problem& p, const Place& place, int token, const Values& values,
+                                      const float (&largest)[GROUPS], float base) {
+    const bool is_token = token < p.n_tokens;
+#pragma unroll
+    for (int group = 0; group < GROUPS; ++group) {
+        const Coder coder(p, place, largest[group], base);
+        store_scale(p, place, group, token, coder.scale);
+#pragma unroll
+        for (int run = group; run < RUNS; run += GROUPS) {
+            const float(&v)[RUN_CHANNELS] = values[run];
+            uint4 words = make_uint4(0, 0, 0, 0);
+            if (is_token) words = {coder.encode(v), coder.encode(v + 4), coder.encode(v + 8), coder.encode(v + 12)};
+            const unsigned row = place.slot_number(p) * p.padded_tokens + token;
+            if (place.exists) p.codes[row * 8 + ((run * LANES + place.lane) ^ (token & 7))] = words;
+        }
+    }
+}
+
+}  // namespace
+
 extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, MIN_CTAS)
 quantize_act(const ELEMENT* __restrict__ input, const ELEMENT* __restrict__ up,
              const unsigned short* __restrict__ slots, const float* __restrict__ norm_weight,

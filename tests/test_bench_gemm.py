@@ -55,7 +55,15 @@ def test_every_kernel_compiles_for_every_architecture_and_none_spills(capsys):
     assert record["architectures"] == list(ARCHITECTURES)
     built = record["kernels"]
     assert all(kernel["spill_bytes"] == 0 and kernel["registers"] > 0 for kernel in built)
-    everywhere = {"gptq_block", "quantize_act", "quantize_kv", "dequantize_kv", "repack_w4", "sm80_w4a4_gemm"}
+    everywhere = {
+        "gptq_block",
+        "quantize_act",
+        "quantize_gathered",
+        "quantize_kv",
+        "dequantize_kv",
+        "repack_w4",
+        "sm80_w4a4_gemm",
+    }
     for name in everywhere:
         assert {kernel["arch"] for kernel in built if kernel["name"] == name} == set(ARCHITECTURES)
     assert {k["arch"] for k in built if k["name"].startswith("sm90")} == {"sm_90a"}

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 KINDS = {
     "attention": ("kv_attention",),
     "append": ("kv_append",),
-    "quantize": ("quantize_act", "rows", "scale_sums"),
+    "quantize": ("quantize_act", "quantize_gathered", "rows", "scale_sums"),
     "products": ("gemm", "nvjet", "cutlass", "cublas", "xmma", "splitk"),
 }
 """Kind of work -> what the names of its kernels contain; the first that fits counts."""

@@ -109,8 +109,8 @@ def time_in_turns(candidates: Sequence[Sequence[Launch]], rounds: int = ROUNDS) 
 def turns(count: int, round_number: int) -> list[int]:
     """The order of `count` candidates in a round: another one begins, and every second round runs backwards.
 
-    So a candidate does not always follow the same one: what ran before still shows after a turn's warm-up (9 %
-    after float16 products on an H100, whose power had lowered the clock).
+    So a candidate does not always follow the same one: what ran before still shows after a turn's warm-up, by
+    9 % after float16 products on an H100, whose power had lowered the clock.
     """
     step = -1 if round_number % 2 else 1
     return [(round_number + step * i) % count for i in range(count)]

@@ -1,4 +1,6 @@
-"""Fronts of `quantize_act.cu`: quantize the input of a linear, alone or with the operation before it.
+"""Fronts of `quantize_act.cu` and `quantize_gathered.cu`: quantize the input of a linear.
+
+Alone or with the operation before it; the second kernel makes some of what the first one does, faster.
 
 Every function takes float16, bfloat16 or float32 tokens [M, K] (rows may lie apart, M may be 0), an
 `ActivationFormat` and, to gather by, a `ChannelOrder`; the result is the GEMM kernels' operand. Arithmetic is
@@ -142,6 +144,20 @@ def _launch(
     if n_tokens == 0:
         return PackedActivations(codes, token_scales, n_tokens)
     shape = _choose_shape(prologue, x, activations, order is not None)
+    load_width = _load_width(x, up, activations)
+    whole_vectors = load_width * x.element_size() == 16
+    if order is not None and prologue is Prologue.NONE and whole_vectors and _has_whole_groups(activations):
+        sizes = _sizes(n_tokens, activations)
+        launch(
+            compile_kernel("quantize_gathered", ELEMENT=_ELEMENTS[x.dtype]),
+            (shape.n_ctas, shape.n_parts),
+            (32 * shape.n_warps,),
+            (x, order.slots, codes, token_scales, x.stride(0), activations.clip_ratio, sizes),
+            device=device,
+            shared_bytes=shape.shared_bytes,
+            overlaps=True,
+        )
+        return PackedActivations(codes, token_scales, n_tokens)
     kernel = compile_kernel(
         "quantize_act",
         ELEMENT=_ELEMENTS[x.dtype],
@@ -150,7 +166,7 @@ def _launch(
         HADAMARD=int(activations.hadamard),
         GROUP_SIZE=activations.group_size,
         PROGRESSIVE=int(activations.progressive),
-        LOAD_WIDTH=_load_width(x, up, activations),
+        LOAD_WIDTH=load_width,
     )
     launch(
         kernel,
@@ -175,6 +191,12 @@ def _launch(
         overlaps=True,
     )
     return PackedActivations(codes, token_scales, n_tokens)
+
+
+def _has_whole_groups(activations: ActivationFormat) -> bool:
+    """Whether all groups have 128 channels, transformed and with exact scales, as in `quantize_gathered`."""
+    is_exact = activations.hadamard and not activations.progressive
+    return is_exact and activations.group_size == SLOT_INPUTS and activations.n_normal % SLOT_INPUTS == 0
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,7 @@ def all_variants() -> Iterator[tuple[str, str, Mapping[str, int | str]]]:
             yield "repack_w4", arch, _repack_defines(scale_bytes)
         for prologue in Prologue:
             yield "quantize_act", arch, _quantize_defines(prologue)
+        yield "quantize_gathered", arch, {"ELEMENT": "__half"}
         for hadamard in (0, 1):
             heads: dict[str, int | str] = {"ELEMENT": "__half", "HEAD_DIM": 128, "HADAMARD": hadamard}
             heads |= {"LOAD_WIDTH": 8, "STORE_WIDTH": 8, "THREADS": 256}

@@ -23,6 +23,8 @@ FORMATS = {
     "groups-of-64": ActivationFormat(1000, 200, 64, 0.85, hadamard=True),
     "lone-half-slot": ActivationFormat(320, 256, 64),
     "narrow": ActivationFormat(5, 2),
+    "two-outlier-slots": ActivationFormat(1152, 256, clip_ratio=0.9, hadamard=True),
+    "no-outliers": ActivationFormat(1280, clip_ratio=0.9, hadamard=True),
     "progressive": ActivationFormat(1152, 128, clip_ratio=0.9, hadamard=True, progressive=True),
     "progressive-64": ActivationFormat(700, 130, 64, progressive=True),
     "progressive-one-group": ActivationFormat(60, 7, 64, progressive=True),
@@ -205,6 +207,14 @@ def test_kernel_compiles_without_spilling(arch, variant):
     defaults = {"ELEMENT": "__half", "PROLOGUE": 0, "GATHER": 0, "HADAMARD": 0, "GROUP_SIZE": 128}
     defaults |= {"PROGRESSIVE": 0, "LOAD_WIDTH": 8}
     report = compile_for("quantize_act", arch, **(defaults | variant))
+    assert report.spill_bytes == 0, report
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("element", ["__half", "__nv_bfloat16", "float"])
+def test_kernel_for_gathered_groups_compiles_without_spilling(arch, element):
+    pytest.importorskip("cupy", reason="compiling a kernel needs CuPy and NVRTC")
+    report = compile_for("quantize_gathered", arch, ELEMENT=element)
     assert report.spill_bytes == 0, report
 
 
