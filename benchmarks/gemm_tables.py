@@ -65,12 +65,14 @@ def _least_bytes(n_channels: int, n_inputs: int, n_tokens: int) -> float:
 
 
 def quantize_table(record: dict[str, Any]) -> str:
-    """`quantize_act`."""
+    """`quantize_act`; one line that says so where the record has none."""
+    if not record.get("quantize"):
+        return "The record has no figures of it."
     lines = [
         "| M x K | gather | transform | us | GB/s | of a copy |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for r in record.get("quantize", []):
+    for r in record["quantize"]:
         does = " | ".join("yes" if r[key] else "no" for key in ("gather", "hadamard"))
         rates = f"{r['graph_us']:.1f} | {r['gb_per_s']:.0f} | {100 * r['of_copy']:.0f} %"
         lines.append(f"| {r['n_tokens']}x{r['n_channels']} | {does} | {rates} |")

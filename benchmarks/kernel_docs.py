@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.e2e_tables import attention_table
 from benchmarks.gemm_goals import check_goals
-from benchmarks.gemm_tables import limits_table, table, tuning_table
+from benchmarks.gemm_tables import limits_table, quantize_table, table, tuning_table
 
 ROOT = Path(__file__).parent.parent
 PAGE, RESULTS = ROOT / "docs" / "kernels.md", ROOT / "benchmarks" / "results"
@@ -26,6 +26,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "gemm": ("h100-gemm", table),
     "goals": ("h100-gemm", check_goals),
     "limits": ("h100-gemm", limits_table),
+    "quantize": ("h100-gemm", quantize_table),
     "tuning": ("h100-kernel-steps", tuning_table),
     "attention": ("h100-attention", attention_table),
 }

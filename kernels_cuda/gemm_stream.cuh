@@ -23,7 +23,7 @@ constexpr int STORE_TOKENS = TILE_TOKENS < 32 ? TILE_TOKENS : 32;
 constexpr int STORE_PITCH = PANEL_ROWS * 2 + 16;  // bytes; 16 more than the row keep stmatrix off bank conflicts
 constexpr int STORE_BYTES = N_WARPGROUPS * STORE_TOKENS * STORE_PITCH;
 constexpr int TEAM_SUM_BYTES = (K_TEAMS - 1) * TEAM * ROW_BLOCKS * SUMS * 4;
-constexpr int BAND_TILES = 16;  // token tiles that walk over the rows together, so that both operands stay in L2
+constexpr int BAND_TILES = 4;  // token tiles that walk over the rows together, so that both operands stay in L2
 
 struct Problem {
     int n_tokens, padded_tokens, n_channels, n_panels, n_slots, n_outlier_slots, n_token_tiles, n_tiles;
