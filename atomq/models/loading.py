@@ -66,14 +66,12 @@ CONFIG_ERRORS = (
 )
 
 
-def load_float_model(
-    source: ModelSource, storage_dtype: torch.dtype | None = None, rotation: ResidualRotation = "none"
-) -> PreTrainedModel:
+def load_float_model(source: ModelSource, storage_dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Load the model on the CPU, in eval mode, with float32 parameters that need no gradient.
 
     For arguments, the model's config and errors see `open_float_model`.
     """
-    model, weights = open_float_model(source, storage_dtype, rotation)
+    model, weights = open_float_model(source, storage_dtype)
     weights.fill(model, "")
     model.tie_weights()
     model.requires_grad_(False)
