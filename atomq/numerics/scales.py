@@ -30,7 +30,7 @@ def scale_divisor(grid: CodeGrid, span: str = "full") -> float:
 
 def divide(x: torch.Tensor, divisor: float) -> torch.Tensor:
     """``x / divisor`` rounded once. On CUDA torch multiplies by the reciprocal of a Python number instead."""
-    return x / torch.tensor(divisor, dtype=x.dtype, device=x.device)
+    return x / torch.full((), divisor, dtype=x.dtype, device=x.device)  # a copy would wait for the GPU
 
 
 def symmetric_scales(largest: torch.Tensor, clip_ratio: float | torch.Tensor, divisor: float) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -146,9 +147,8 @@ def search_group_scales(
         column_cost: [width] what a squared error in each column costs.
     """
     n_rows, grid = columns.shape[0], weight_grid(scheme)
-    steps = torch.arange(CLIP_STEPS, dtype=torch.float64)
-    ratios = clip_ratio * (1 - (1 - CLIP_LOWEST) * steps / (CLIP_STEPS - 1))
-    tried = find_group_scales(columns, scheme, ratios.unsqueeze(1).to(columns), span, base)
+    ratios = _clip_ratios(clip_ratio, columns.dtype, columns.device)
+    tried = find_group_scales(columns, scheme, ratios, span, base)
     rows_at_once = max(1, _ELEMENTS_AT_ONCE // (CLIP_STEPS * columns.shape[1]))
     row_cost = columns.new_empty(CLIP_STEPS, n_rows)
     scales = spread_rows(tried.scales.T, n_rows, scheme.channel_group).T  # (steps, N)
@@ -173,6 +173,14 @@ def search_group_scales(
         None if tried.zeros is None else chosen(tried.zeros),
         None if tried.factors is None else chosen(tried.factors),
     )
+
+
+@cache
+def _clip_ratios(highest: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The ratios [CLIP_STEPS, 1] to try, from `highest` down; kept, since a copy would wait for the GPU."""
+    with torch.inference_mode(False):
+        steps = torch.arange(CLIP_STEPS, dtype=torch.float64).unsqueeze(1)
+        return (highest * (1 - (1 - CLIP_LOWEST) * steps / (CLIP_STEPS - 1))).to(dtype=dtype, device=device)
 
 
 def find_base_scales(
