@@ -39,6 +39,7 @@ TILES = [
     Tile(64, 64, 2, 2, 232),
     Tile(128, 64, 2, 1, 232),
     Tile(128, 64, 2, 2, 232),
+    Tile(128, 32, 3, 1, 152),
     Tile(256, 64, 2, 1, 232),
     Tile(256, 32, 2, 1, 232),
     Tile(8, 8, 1, 1, 0, 2, 2),
@@ -110,6 +111,12 @@ def test_the_front_refuses_a_cpu_weight():
     activations = pack_inputs(make_inputs(3, weight), weight)
     with pytest.raises(KernelError, match="gemm_reference"):
         w4a4_gemm(activations, repack_weight(weight))
+
+
+def test_128_tokens_of_a_large_weight_go_by_its_panels():
+    assert gemm.choose_tile(128, 128, False, n_panels=448, n_slots=65).n_warpgroups == 3
+    assert gemm.choose_tile(128, 128, False, n_panels=128, n_slots=225).k_teams == 2
+    assert gemm.choose_tile(128, 128, False, n_panels=64, n_slots=33).row_blocks == 1
 
 
 def disassemble(cubin: bytes, folder: Path) -> str:
