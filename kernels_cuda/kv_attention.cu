@@ -5,7 +5,7 @@
 //              norm (norm_weight) and before RoPE, which are applied here at position length - 1
 //   pages, page_table, rotary, norm_weight, key_offset   as in kv_append.cu
 //   page_turns half2 [SLOTS / 4][PAGE_TOKENS][4][2][2]: cosines, sines of rotary's first page for two channels each, by
-//              two slots, place, lane t and slot (before RoPE only)
+//              two slots, place, lane t and slot (before RoPE only); KEY_MODE 2: cosine - sine and cosine + sine
 //   lengths    int32 [n_sequences], the new token included; 0 for an empty slot, whose output is 0
 //   out        ELEMENT [n_sequences, n_heads * GROUP, HEAD_DIM], contiguous
 //   partials   float32 [n_sequences, n_heads, n_splits, GROUP, STORED_DIM + 2], counters uint32 [n_sequences, n_heads],
@@ -56,30 +56,34 @@ static_assert(KEY_MODE == 0 || BITS < 16, "a float16 cache holds K after RoPE");
 static_assert(KEY_MODE != 2 || (BITS == 4 && (HEAD_DIM & (HEAD_DIM - 1)) == 0 && HEAD_DIM >= 64), "exact sums");
 static_assert(GROUP >= 1 && GROUP <= 16 && SHARED_BYTES == SHARED_WORDS * 4, "see attention_defines");
 
-// The pages that a warp walks over, and the copies of its steps.
+// The pages that a warp walks over, and the copies of its steps, which are started one after the other.
 struct Walk {
     const unsigned* pages;
     const int* table;  // of the warp's pages, N_WARPS apart
     unsigned* ring;
     int lane, n_pages, n_steps, n_heads, head, ids = 0;
+    const unsigned* page_start = nullptr;
 
     __device__ void start_copy(int step) {
         if (step < n_steps) {
             const int page = step / PAGE_STEPS, part = step % PAGE_STEPS;
-            if (step % (32 * PAGE_STEPS) == 0) ids = table[min(page + lane, n_pages - 1) * N_WARPS];
-            const long long id = __shfl_sync(ALL_LANES, ids, page % 32);
-            const unsigned* source = pages + (id * n_heads + head) * PAGE_WORDS;
+            if (part == 0) {
+                if (page % 32 == 0) ids = table[min(page + lane, n_pages - 1) * N_WARPS];
+                const long long id = __shfl_sync(ALL_LANES, ids, page % 32);
+                page_start = pages + (id * n_heads + head) * PAGE_WORDS;
+            }
+            const unsigned* source = page_start + (part * 64 + lane) * PLANE_WORDS;
             unsigned* stage = ring + step % STAGES * STAGE_WORDS;
 #pragma unroll
             for (int i = 0; i < 4 * PLANES; ++i) {  // K of 8 tokens, K of the next 8, V, V
-                const int plane = i % PLANES, side = i / PLANES / 2, chunk = (part * 2 + i / PLANES % 2) * 32 + lane;
+                const int plane = i % PLANES, side = i / PLANES / 2, eight = i / PLANES % 2;
                 copy_words_async<PLANE_WORDS>(
                     stage + (i * 32 + lane) * PLANE_WORDS,
-                    source + side * SIDE_WORDS + (plane * PAGE_CHUNKS + chunk) * PLANE_WORDS);
+                    source + side * SIDE_WORDS + (plane * PAGE_CHUNKS + eight * 32) * PLANE_WORDS);
             }
             if (BITS < 16 && lane < 8) {
                 copy_async(stage + 4 * 32 * CHUNK_WORDS + lane * 4,
-                           source + 2 * SIDE_WORDS + part * 2 * STEP_TOKENS + lane * 4);
+                           page_start + 2 * SIDE_WORDS + part * 2 * STEP_TOKENS + lane * 4);
             }
         }
         copy_commit();
@@ -136,7 +140,13 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
         const int slot = i / 16 * 4 + i % 4, half = slot / (SLOTS / 2);
         const int channel = key_channel(half, i / 4 % 4 * SLOTS + slot % (SLOTS / 2) * 2);
         const float* row = key_offset + head * HEAD_DIM;
-        offsets[i] = channel < 0 ? 0u : as_word(__floats2half2_rn(row[channel], row[channel + 1]));
+        float pair[2] = {};
+        for (int j = 0; j < 2 && channel >= 0; ++j) {
+            const int low = (channel + j) % (HEAD_DIM / 2);  // KEY_MODE 2: as a and -b, see `rebuild`
+            pair[j] = KEY_MODE == 1 ? row[channel + j]
+                                    : 0.5f * (row[low + HEAD_DIM / 2] + (half ? -row[low] : row[low]));
+        }
+        offsets[i] = as_word(__floats2half2_rn(pair[0], pair[1]));
     }
     copy_wait<STAGES - 1>();
     __syncthreads();

@@ -77,7 +77,7 @@ struct Hadamard32 {
             for (int i = 0; i < 8; ++i) keys[i % 2][quad + i / 2] = as_half2(sums[i / 2][i % 2]);
         }
 #pragma unroll
-        for (int step = 4; step < SLOTS; step *= 2) {
+        for (int step = 4; step < SLOTS / 2; step *= 2) {  // the last one, of the head's halves, is left to the turns
 #pragma unroll
             for (int i = 0; i < 2 * SLOTS; ++i) {
                 if (i / 2 & step) continue;
@@ -90,20 +90,27 @@ struct Hadamard32 {
 };
 
 // K from codes: scale and minimum, the static offset, and the turn of each token by its place in the page.
+//
+// KEY_MODE 2 has the transforms a and b of the halves' codes: K's halves are a + b and a - b. With c = cos - sin and
+// s = cos + sin their turn is (a c + b s, a s - b c), which is the turn of (a, -b) by c and s; so `turns` holds those, and
+// scale, minimum and offset make a and -b.
 __device__ __forceinline__ void rebuild(__half2 (&keys)[2][SLOTS], const float2 (&ranges)[2], const unsigned* offsets,
                                         const unsigned* turns, int place, int t) {
     // The transform of a constant is a spike in its first channel; codes under the transform are 2^-9 * their sums.
     constexpr float SCALE_UNIT = KEY_MODE == 2 ? 512.0f / ROOT_OF_DIM : 1.0f;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        const __half2 scale = __float2half2_rn(ranges[i].x * SCALE_UNIT);
+        const __half2 scale = __float2half2_rn(ranges[i].x * SCALE_UNIT), negative = __hneg2(scale);
         const __half2 minimum = __float2half2_rn(ranges[i].y);
-        const __half2 spike = __floats2half2_rn(t == 0 ? ranges[i].y * ROOT_OF_DIM : 0.0f, 0.0f);
+        const __half2 spike = __floats2half2_rn(t == 0 ? ranges[i].y * (0.5f * ROOT_OF_DIM) : 0.0f, 0.0f);
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) {
-            if (KEY_MODE == 1) keys[i][slot] = __hfma2(keys[i][slot], scale, minimum);
-            if (KEY_MODE == 2) keys[i][slot] = slot ? __hmul2(keys[i][slot], scale) : __hfma2(keys[i][slot], scale, spike);
-            if (KEY_OFFSET) keys[i][slot] = __hadd2(keys[i][slot], as_half2(offsets[slot / 4 * 16 + t * 4 + slot % 4]));
+            __half2& key = keys[i][slot];
+            if (KEY_MODE == 1) key = __hfma2(key, scale, minimum);
+            if (KEY_MODE == 2) key = __hmul2(key, slot < SLOTS / 2 ? scale : negative);
+            if (KEY_MODE == 2 && slot == 0) key = __hadd2(key, spike);
+            if (KEY_MODE == 2 && slot == SLOTS / 2) key = __hsub2(key, spike);
+            if (KEY_OFFSET) key = __hadd2(key, as_half2(offsets[slot / 4 * 16 + t * 4 + slot % 4]));
         }
 #pragma unroll
         for (int pair = 0; pair < SLOTS / 4; ++pair) {

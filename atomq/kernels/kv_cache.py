@@ -149,7 +149,7 @@ def decode_attention(
         )
     _check_heads("decode_attention", "query", query, (n_sequences, n_queries, layout.head_dim), device)
     _check_pages("decode_attention", pages, table, layout, heads)
-    if layout.key_mode and (heads.page_turns is None or heads.page_turns.shape[0] * 32 != layout.stored_dim):
+    if layout.key_mode and (heads.page_turns is None or heads.page_turns.shape[1] * 32 != layout.stored_dim):
         raise KernelError("decode_attention: K before RoPE needs page_turns; make heads by HeadParameters.of")
     check_operand(
         "decode_attention", "lengths", lengths, dtype=torch.int32, shape=(n_sequences,), device=device
@@ -175,7 +175,7 @@ def decode_attention(
         table,
         lengths,
         heads.rotary,
-        heads.page_turns,
+        heads.page_turns[layout.key_mode - 1] if layout.key_mode and heads.page_turns is not None else None,
         heads.query_norm,
         heads.key_offset if layout.key_mode else None,
         out,

@@ -210,6 +210,19 @@ def test_rope_of_a_sum_of_positions_is_what_the_kernel_relies_on():
     assert torch.allclose(transformed, (q * k).sum(), atol=1e-10)
 
 
+def test_the_turns_of_a_rotated_page_take_the_last_butterfly_along():
+    layout = LAYOUTS["int4 before rope, rotated"]
+    heads = make_heads(layout)
+    half, slots = layout.head_dim // 2, layout.stored_dim // 8
+    a, b = torch.randn(2, PAGE_TOKENS, half, generator=torch.Generator().manual_seed(2))
+    expected = kv_reference.rotate(torch.cat((a + b, a - b), dim=-1)[:, None], torch.arange(64), heads)[:, 0]
+    channel = torch.arange(half)
+    lane, slot, j = channel // slots, channel % slots // 2, channel % 2
+    c, s = heads.page_turns[1].float()[slot // 2, :, lane, slot % 2, :, j].permute(2, 1, 0)
+    found = torch.cat((a * c + b * s, a * s - b * c), dim=-1)
+    assert torch.allclose(found, expected, atol=5e-3)
+
+
 def test_splits_fill_the_gpu_and_no_more():
     assert choose_splits(n_items=4096, n_pages=16, n_sms=132) == 1
     assert choose_splits(n_items=32, n_pages=128, n_sms=132) == 17
