@@ -67,7 +67,20 @@ def e2e_tables(record: dict[str, Any]) -> str:
     parts = [steps_table(record), f"KV caches: {caches}.", ratios_table(record)]
     if any(step["shares"] for step in record["steps"]):
         parts.append(shares_table(record))
+    if "prefill" in record:
+        parts.append(prefill_table(record))
     return "\n\n".join(parts)
+
+
+def prefill_table(record: dict[str, Any]) -> str:
+    """A prompt of the context's length alone."""
+    lines = [
+        f"| a prompt of {record['context']} tokens | ms as a graph | ms launched from Python |",
+        "| --- | --- | --- |",
+    ]
+    for name, times in record["prefill"].items():
+        lines.append(f"| {name} | {1e-3 * times['graph_us']:.1f} | {1e-3 * times['launched_us']:.1f} |")
+    return "\n".join(lines)
 
 
 def trace_table(record: dict[str, Any]) -> str:

@@ -179,7 +179,7 @@ def test_ratios_say_when_there_is_no_valid_baseline(capsys, monkeypatch):
         "kv_cache": {"w4a4": "4 bits"},
         "steps": [s.to_dict() for s in steps],
         "ratios": ratios,
-        "prefill_us": {"w4a4": 5000.0},
+        "prefill": {"w4a4": {"graph_us": 5000.0, "launched_us": 9000.0}},
     }
     record["steps"][0]["shares"] = {"attention": 700.0, "launches": 300.0}
     print_record(record)
@@ -189,6 +189,7 @@ def test_ratios_say_when_there_is_no_valid_baseline(capsys, monkeypatch):
     assert "1.0, over 0.5" in shown
     assert "7.7x of FP16 and 2.5x of INT8, are of an RTX 4090" in shown
     assert "where a step's time goes" in shown
+    assert "│ w4a4 │ 5.0 │ 9.0 │" in shown
     assert "0.70" in shown
 
 

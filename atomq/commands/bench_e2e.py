@@ -92,7 +92,7 @@ def command(
         "ratios": _ratios(steps),
     }
     if prefill:
-        record["prefill_us"] = _measure_prefill(decoders, shape, context)
+        record["prefill"] = _measure_prefills(decoders, shape, context)
     if trace:
         record["trace"] = _trace(decoders, steps, trace, seed)
     del decoders
@@ -209,11 +209,13 @@ def _measure(
     return steps
 
 
-def _measure_prefill(decoders: dict[str, Decoder], shape: DecoderShape, context: int) -> dict[str, float]:
+def _measure_prefills(
+    decoders: dict[str, Decoder], shape: DecoderShape, context: int
+) -> dict[str, dict[str, float]]:
     from atomq.eval import e2e_bench
 
     memory = e2e_bench.memory_for(decoders, [{name: 1 for name in decoders}], context)
-    return {name: e2e_bench.measure_prefill(d, context, shape, memory) for name, d in decoders.items()}
+    return e2e_bench.measure_prefills(decoders, context, shape, memory)
 
 
 def _trace(decoders: dict[str, Decoder], steps: list[Step], n_requests: int, seed: int) -> dict[str, Any]:

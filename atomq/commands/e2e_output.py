@@ -19,9 +19,13 @@ def print_record(record: dict[str, Any]) -> None:
     _print_ratios(record["ratios"])
     if any(step["shares"] for step in record["steps"]):
         _print_shares(record["steps"])
-    if "prefill_us" in record:
-        rows = [[name, f"{1e-3 * us:.1f}"] for name, us in record["prefill_us"].items()]
-        console.print_table(f"a prompt of {record['context']} tokens", ["scheme", "ms"], rows)
+    if "prefill" in record:
+        rows = [
+            [name, *(f"{1e-3 * times[key]:.1f}" for key in ("graph_us", "launched_us"))]
+            for name, times in record["prefill"].items()
+        ]
+        columns = ["scheme", "ms as a graph", "ms from Python"]
+        console.print_table(f"a prompt of {record['context']} tokens", columns, rows)
     if "attention" in record:
         rows = [
             [r["name"], f"{r['us']:.1f}", f"{100 * r['floor_fraction']:.0f} %"] for r in record["attention"]

@@ -22,7 +22,7 @@ from atomq.errors import ConfigError, KernelError
 from atomq.eval.e2e_profile import profile_step
 from atomq.eval.gemm_timing import Launch, time_in_turns
 from atomq.kernels.kv_pages import PAGE_TOKENS
-from atomq.runtime.decoder import Cache, Decoder, pages_for
+from atomq.runtime.decoder import Cache, Decoder, Prompts, pages_for
 from atomq.runtime.random_decoder import DecoderShape
 
 RESERVED_BYTES = 750 * 2**20
@@ -200,19 +200,40 @@ def measure_steps(
         )
 
 
-def measure_prefill(decoder: Decoder, n_tokens: int, shape: DecoderShape, memory: torch.Tensor) -> float:
-    """Microseconds of a prompt of `n_tokens` through the whole model, scaled by layers as a step is."""
+def measure_prefills(
+    decoders: dict[str, Decoder], n_tokens: int, shape: DecoderShape, memory: torch.Tensor
+) -> dict[str, dict[str, float]]:
+    """Microseconds of a prompt of `n_tokens` through the whole model, scaled by layers.
+
+    Of each scheme: "graph_us", captured as a CUDA graph, in turns; "launched_us", launched from Python.
+    """
+    launches = {name: _prefill(decoder, n_tokens, memory) for name, decoder in decoders.items()}
+    timings = time_in_turns([[launch] for launch in launches.values()])
+    results = {}
+    for (name, launch), timing in zip(launches.items(), timings, strict=True):
+        scaling = shape.n_layers / len(decoders[name].blocks)
+        launched = [_launched_us(launch) for _ in range(_PREFILLS)]
+        results[name] = {
+            "graph_us": scaling * timing.graph_us,
+            "launched_us": scaling * statistics.median(launched),
+        }
+    return results
+
+
+def _prefill(decoder: Decoder, n_tokens: int, memory: torch.Tensor) -> Launch:
     cache = Cache(decoder, 1, n_tokens, memory=memory)
-    prompt = torch.zeros(n_tokens, dtype=torch.int64, device=decoder.device)
+    tokens = torch.randint(len(decoder.embeddings), (n_tokens,), device=decoder.device)
+    prompts = Prompts.of([tokens], [0], decoder.device)
+    return torch.inference_mode()(lambda: decoder.read(prompts, cache))
+
+
+def _launched_us(launch: Launch) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    samples = []
-    for _ in range(_PREFILLS + 1):
-        begin.record()
-        decoder.prefill([prompt], [0], cache)
-        end.record()
-        end.synchronize()
-        samples.append(float(begin.elapsed_time(end)) * 1e3)
-    return statistics.median(samples[1:]) * shape.n_layers / len(decoder.blocks)
+    begin.record()
+    launch()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) * 1e3
 
 
 def within_reach(batches: dict[str, int]) -> dict[str, int]:

@@ -123,8 +123,8 @@ class HeadParameters(NamedTuple):
         query_norm, key_norm: weights [head_dim] of the RMS norms of a head before RoPE, or None.
         epsilon: of the norms.
         key_offset: [n_heads, head_dim], taken off K before it is coded before RoPE and added back; or None.
-        page_turns: `rotary`'s first page as the decode kernel reads it, for K before RoPE: as it is, and as it
-            turns what the Hadamard makes of K's halves (see `rebuild` of kv_keys.cuh).
+        page_turns: `rotary`'s first page as the decode kernel reads it, for K before RoPE: as it is, and as
+            it turns what the Hadamard makes of K's halves (see `rebuild` of kv_keys.cuh).
     """
 
     rotary: torch.Tensor
@@ -150,7 +150,9 @@ class HeadParameters(NamedTuple):
         stored = math.ceil(n_angles / 16) * 16
         cosine, sine = torch.nn.functional.pad(rotary[:PAGE_TOKENS], (0, 0, 0, stored - n_angles)).unbind(-1)
         turns = torch.stack((cosine, sine, cosine - sine, cosine + sine), dim=-1)
-        by_lane = turns.reshape(PAGE_TOKENS, 4, -1, 2, 2, 2, 2)  # place, t, two slots, slot, channel, kind, part
+        by_lane = turns.reshape(
+            PAGE_TOKENS, 4, -1, 2, 2, 2, 2
+        )  # place, t, two slots, slot, channel, kind, part
         page_turns = by_lane.permute(5, 2, 0, 1, 3, 6, 4).half().contiguous()
         return cls(rotary, softmax_scale, query_norm, key_norm, epsilon, key_offset, page_turns)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
@@ -95,24 +96,22 @@ class Decoder:
 
         Attention reads K and V back from the cache, so the prompt is seen as later tokens will see it.
         """
-        counts = [len(prompt) for prompt in prompts]
-        x = functional.embedding(torch.cat(list(prompts)), self.embeddings)
-        row_of = torch.tensor(rows, dtype=torch.int32).repeat_interleave(torch.tensor(counts))
-        places = torch.cat([torch.arange(count, dtype=torch.int32) for count in counts])
-        row_of, places = row_of.to(self.device), places.to(self.device)
+        return self.read(Prompts.of(prompts, rows, self.device), cache, after_every_token=after_every_token)
+
+    def read(self, prompts: Prompts, cache: Cache, *, after_every_token: bool = False) -> torch.Tensor:
+        """As `prefill`; nothing goes from or to the host, so it can be captured in a CUDA graph."""
+        x = functional.embedding(prompts.tokens, self.embeddings)
+        where = (cache.table, prompts.rows, prompts.places, self.layout)
         for block, pages in zip(self.blocks, cache.pages, strict=True):
             query, keys, values = self._split(block.qkv(x))
-            append_kv(keys, values, pages, cache.table, row_of, places, self.layout, block.heads)
-            keys, values = read_kv(pages, cache.table, row_of, places, self.layout, block.heads, query.dtype)
+            append_kv(keys, values, pages, *where, block.heads)
+            keys, values = read_kv(pages, *where, block.heads, query.dtype)
             query = kv_reference.head_norm(query.float(), block.heads.query_norm, block.heads.epsilon)
-            query = kv_reference.rotate(query, places.long(), block.heads).to(keys.dtype)
-            attended = _causal_attention(query, keys, values, counts, block.heads.softmax_scale)
+            query = kv_reference.rotate(query, prompts.places.long(), block.heads).to(keys.dtype)
+            attended = _causal_attention(query, keys, values, prompts.counts, block.heads.softmax_scale)
             x += block.o(attended)
             x += block.down(block.gate_up(x))
-        if after_every_token:
-            return self.logits(x)
-        last = torch.tensor(counts).cumsum(0) - 1
-        return self.logits(x[last.to(self.device)])
+        return self.logits(x if after_every_token else x[prompts.ends])
 
     def _split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values [T, heads, head_dim] of the stacked projection."""
@@ -125,6 +124,31 @@ class Decoder:
         """Final norm and output head of the last block's `x` [T, hidden]."""
         normed = prepare_rows(x, norm_weight=self.final_norm.weight, epsilon=self.final_norm.epsilon)
         return functional.linear(normed, self.head)
+
+
+class Prompts(NamedTuple):
+    """Whole prompts one after the other, on the decoder's device.
+
+    Attributes:
+        tokens: int64 [T]. rows, places: int32 [T]: each token's row of the cache, and its place there.
+        ends: int64 [n]: where among the tokens each prompt's last one is. counts: tokens of each prompt.
+    """
+
+    tokens: torch.Tensor
+    rows: torch.Tensor
+    places: torch.Tensor
+    ends: torch.Tensor
+    counts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, prompts: Sequence[torch.Tensor], rows: Sequence[int], device: torch.device) -> Prompts:
+        """Of prompts int64 [tokens] each, for rows `rows`."""
+        counts = torch.tensor([len(prompt) for prompt in prompts])
+        row_of = torch.tensor(rows, dtype=torch.int32).repeat_interleave(counts)
+        places = torch.cat([torch.arange(len(prompt), dtype=torch.int32) for prompt in prompts])
+        ends = counts.cumsum(0) - 1
+        row_of, places, ends = (x.to(device) for x in (row_of, places, ends))
+        return cls(torch.cat(list(prompts)), row_of, places, ends, tuple(counts.tolist()))
 
 
 class Cache:
