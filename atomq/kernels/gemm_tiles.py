@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ W4A16_FEW_TOKENS = 16  # up to them mma.sync reads tokens as they lie
 _STAGERS = 96  # threads of sm90_w4a16_batch_gemm.cu that lay out tokens
 MANY_RECORDS = 16384  # of 64 channels x 128 inputs: 28672 x 8192 has 29120
 FEW_RECORDS = 5000  # 4096 x 4096 has 2112
+LARGE_TILES = (160, 192, 256)  # tokens; what is stored at a time, 32 of them, divides each
 FEW_PANELS = 132  # of an H100 an SM each; 8192 channels are 128
 MAX_COUNTERS = 16384  # tiles that may be split; a launch with more tiles splits only the last waves of them
 
@@ -96,8 +98,14 @@ def choose_tile(
                 return Tile(128, 32, n_warpgroups=3, row_blocks=1, consumer_registers=152)
             return Tile(128, chunk, n_warpgroups=1, row_blocks=2, consumer_registers=232, k_teams=2)
         return Tile(128, chunk, n_warpgroups=2, row_blocks=row_blocks, consumer_registers=232)
-    tokens = 256 if n_records * -(-n_tokens // 256) >= FEW_RECORDS else 128
-    return Tile(tokens, chunk, n_warpgroups=2, row_blocks=1, consumer_registers=232)
+    n_tiles = -(-n_tokens // 256)
+    if n_records * n_tiles < FEW_RECORDS:
+        tokens = 128
+    elif n_tiles <= 2:  # a slot costs by its tokens: as few as hold them all in as many tiles
+        tokens = next(size for size in LARGE_TILES if n_tiles * size >= n_tokens)
+    else:
+        tokens = LARGE_TILES[-1]
+    return Tile(tokens, math.gcd(chunk, tokens), n_warpgroups=2, row_blocks=1, consumer_registers=232)
 
 
 def choose_w4a16_tile(n_tokens: int) -> Tile:

@@ -40,6 +40,8 @@ TILES = [
     Tile(128, 64, 2, 1, 232),
     Tile(128, 64, 2, 2, 232),
     Tile(128, 32, 3, 1, 152),
+    Tile(160, 32, 2, 1, 232),
+    Tile(192, 64, 2, 1, 232),
     Tile(256, 64, 2, 1, 232),
     Tile(256, 32, 2, 1, 232),
     Tile(8, 8, 1, 1, 0, 2, 2),
@@ -119,6 +121,23 @@ def test_128_tokens_of_a_large_weight_go_by_its_panels():
     assert gemm.choose_tile(128, 128, False, n_panels=64, n_slots=33).row_blocks == 1
 
 
+@pytest.mark.parametrize(
+    ("n_tokens", "tokens", "chunk"),
+    [(129, 160, 32), (160, 160, 32), (161, 192, 64), (193, 256, 64), (300, 160, 32), (384, 192, 64)]
+    + [(385, 256, 64), (513, 256, 64), (4096, 256, 64)],
+)
+def test_a_tile_is_no_larger_than_the_tokens_need(n_tokens, tokens, chunk):
+    tile = gemm.choose_tile(n_tokens, 128, False)
+    assert (tile.tokens, tile.chunk_tokens) == (tokens, chunk)
+    progressive = gemm.choose_tile(n_tokens, 128, True)
+    assert progressive.tokens == tokens
+    assert tokens % progressive.chunk_tokens == 0
+
+
+def test_a_small_weight_keeps_small_tiles():
+    assert gemm.choose_tile(147, 128, False, n_panels=64, n_slots=33).tokens == 128  # 4096 x 4096
+
+
 def disassemble(cubin: bytes, folder: Path) -> str:
     """SASS, by nvdisasm from the PATH or from NVIDIA's wheel; skips the test where there is none."""
     wheel = Path(sys.prefix).glob("lib/python*/site-packages/nvidia/cu*/bin/nvdisasm")
@@ -146,7 +165,7 @@ def test_hopper_templates_compile_to_wgmma_without_spills(group_size, scale_byte
                 n_panels=n_panels,
                 out_dtype=out_dtype,
             )
-            for n_tokens in (8, 16, 32, 64, 128, 1000)
+            for n_tokens in (8, 16, 32, 64, 128, 160, 192, 1000)
             for n_panels in (1, 448)
         }
         for tile in tiles:
