@@ -29,19 +29,49 @@ __device__ __forceinline__ void rotate_head(float* head, const float2* turns) {
     __syncwarp();
 }
 
+// A head in a warp's registers: part k of a lane is channel lane + 32 k.
+constexpr int LANE_PARTS = (HEAD_DIM + 31) / 32;
+
 // x H in blocks of the largest power of two that divides HEAD_DIM; rounds as `butterflies` does.
-__device__ __forceinline__ void transform_shared_head(float* head) {
+__device__ __forceinline__ void transform_lane_head(float (&x)[LANE_PARTS]) {
     constexpr int SIZE = HEAD_DIM & -HEAD_DIM;
     const int lane = threadIdx.x % 32;
-    for (int step = 1; step < SIZE; step *= 2) {
-        for (int i = lane; i < HEAD_DIM / 2; i += 32) {
-            const int first = i / step * 2 * step + i % step;
-            const float low = head[first], high = head[first + step];
-            head[first] = ieee::add(low, high);
-            head[first + step] = ieee::sub(low, high);
+#pragma unroll
+    for (int step = 1; step < SIZE && step < 32; step *= 2) {
+#pragma unroll
+        for (int k = 0; k < LANE_PARTS; ++k) {
+            const float other = __shfl_xor_sync(ALL_LANES, x[k], step);
+            x[k] = lane & step ? ieee::sub(other, x[k]) : ieee::add(x[k], other);
         }
-        __syncwarp();
     }
-    for (int i = lane; i < HEAD_DIM; i += 32) head[i] = ieee::mul(head[i], orthogonal_factor(SIZE));
+#pragma unroll
+    for (int step = 1; step < SIZE / 32; step *= 2) {
+#pragma unroll
+        for (int k = 0; k < LANE_PARTS; ++k) {
+            if (k & step) continue;
+            const float low = x[k], high = x[k + step];
+            x[k] = ieee::add(low, high);
+            x[k + step] = ieee::sub(low, high);
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < LANE_PARTS; ++k) x[k] = ieee::mul(x[k], orthogonal_factor(SIZE));
+}
+
+__device__ __forceinline__ void load_lane_head(const float* head, float (&x)[LANE_PARTS]) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int k = 0; k < LANE_PARTS; ++k) x[k] = lane + 32 * k < HEAD_DIM ? head[lane + 32 * k] : 0.0f;
+}
+
+__device__ __forceinline__ void transform_shared_head(float* head) {
+    const int lane = threadIdx.x % 32;
+    float x[LANE_PARTS];
+    load_lane_head(head, x);
+    transform_lane_head(x);
+#pragma unroll
+    for (int k = 0; k < LANE_PARTS; ++k) {
+        if (lane + 32 * k < HEAD_DIM) head[lane + 32 * k] = x[k];
+    }
     __syncwarp();
 }

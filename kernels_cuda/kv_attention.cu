@@ -40,6 +40,7 @@ namespace {
 constexpr int STEP_TOKENS = 16;
 constexpr int PAGE_STEPS = PAGE_TOKENS / STEP_TOKENS;
 constexpr int STAGE_WORDS = 4 * 32 * CHUNK_WORDS + (BITS < 16 ? 2 * STEP_TOKENS : 0);
+constexpr int ROWS = (HEAD_TILES * 8 + N_WARPS - 1) / N_WARPS;  // of the queries, of a warp
 constexpr int QUERY_WORDS = HEAD_TILES * 8 * QUERY_STRIDE;
 constexpr int TURN_WORDS = KEY_MODE ? PAGE_TOKENS * STORED_DIM / 2 : 0;
 constexpr int OFFSET_WORDS = KEY_OFFSET ? STORED_DIM / 2 : 0;
@@ -107,6 +108,16 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
 
     const int head = blockIdx.x, n_heads = gridDim.x, sequence = blockIdx.y, split = blockIdx.z, n_splits = gridDim.z;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+
+    // Queries warp, warp + N_WARPS, ..: on their way before anything is known of the sequence.
+    const ELEMENT* source = query + static_cast<long long>(sequence) * query_stride + head * GROUP * HEAD_DIM;
+    float rows[ROWS][LANE_PARTS];
+#pragma unroll
+    for (int i = 0; i < ROWS * LANE_PARTS; ++i) {
+        const int row = warp + i / LANE_PARTS * N_WARPS, channel = lane + i % LANE_PARTS * 32;
+        const bool exists = row < GROUP && channel < HEAD_DIM;
+        rows[i / LANE_PARTS][i % LANE_PARTS] = exists ? static_cast<float>(source[row * HEAD_DIM + channel]) : 0.0f;
+    }
     const int length = lengths[sequence], position = length - 1;
     ELEMENT* target = out + (static_cast<long long>(sequence) * n_heads + head) * GROUP * HEAD_DIM;
     if (length <= 0) {
@@ -130,12 +141,6 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
 #pragma unroll
     for (int step = 0; step < STAGES - 1; ++step) walk.start_copy(step);
 
-    // The queries, and what depends on a token's place in its page only.
-    const ELEMENT* source = query + static_cast<long long>(sequence) * query_stride + head * GROUP * HEAD_DIM;
-    for (int i = threadIdx.x; i < HEAD_TILES * 8 * HEAD_DIM; i += 32 * N_WARPS) {
-        const float x = i < GROUP * HEAD_DIM ? static_cast<float>(source[i]) : 0.0f;
-        queries[i / HEAD_DIM * QUERY_STRIDE + i % HEAD_DIM] = x;
-    }
     for (int i = threadIdx.x; i < OFFSET_WORDS; i += 32 * N_WARPS) {  // [slot / 4][t][slot % 4]
         const int slot = i / 16 * 4 + i % 4, half = slot / (SLOTS / 2);
         const int channel = key_channel(half, i / 4 % 4 * SLOTS + slot % (SLOTS / 2) * 2);
@@ -148,14 +153,22 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
         }
         offsets[i] = as_word(__floats2half2_rn(pair[0], pair[1]));
     }
-    copy_wait<STAGES - 1>();
-    __syncthreads();
-    for (int i = warp; i < GROUP; i += N_WARPS) {
-        float* own = queries + i * QUERY_STRIDE;
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+        const int row = warp + i * N_WARPS;
+        if (row >= HEAD_TILES * 8) break;
+        float* own = queries + row * QUERY_STRIDE;
+#pragma unroll
+        for (int k = 0; k < LANE_PARTS; ++k) {
+            if (lane + 32 * k < HEAD_DIM) own[lane + 32 * k] = rows[i][k];
+        }
+        __syncwarp();
+        if (row >= GROUP) continue;
         if (norm_weight != nullptr) norm_head(own, norm_weight, epsilon);
         if (KEY_MODE == 0) rotate_head(own, rotary + static_cast<long long>(position) * (HEAD_DIM / 2));
         if (KEY_MODE == 0 && KEY_HADAMARD) transform_shared_head(own);
     }
+    copy_wait<STAGES - 1>();
     __syncthreads();
 
     unsigned operand[HEAD_TILES][SLOTS];
@@ -259,37 +272,34 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
     __syncthreads();
     const long long item = static_cast<long long>(sequence) * n_heads + head;
     float* partial = partials + item * n_splits * GROUP * JOIN_STRIDE;
-    for (int i = threadIdx.x; i < GROUP * STORED_DIM; i += 32 * N_WARPS) {
-        const int row = i / STORED_DIM, channel = i % STORED_DIM;
-        float largest;
-        const float2 sum = join<false>(shares + row * JOIN_STRIDE, N_WARPS, GROUP * JOIN_STRIDE, channel, largest);
-        if (n_splits == 1) {
-            queries[row * QUERY_STRIDE + channel] = sum.x / sum.y;
-        } else {
-            float* place = partial + (split * GROUP + row) * JOIN_STRIDE;
-            place[channel] = sum.x;
-            if (channel == 0) place[STORED_DIM] = largest, place[STORED_DIM + 1] = sum.y;
+    const auto finish = [&](int row, Joined joined) {
+#pragma unroll
+        for (int k = 0; k < LANE_PARTS; ++k) joined.sums[k] /= joined.denominator;
+        if (VALUE_HADAMARD) transform_lane_head(joined.sums);
+#pragma unroll
+        for (int k = 0; k < LANE_PARTS; ++k) {
+            if (lane + 32 * k < HEAD_DIM) target[row * HEAD_DIM + lane + 32 * k] = static_cast<ELEMENT>(joined.sums[k]);
         }
-    }
-    if (n_splits > 1) {
-        __threadfence();
-        __syncthreads();
-        if (threadIdx.x == 0) shared[0] = atomicInc(counters + item, n_splits - 1);  // the last one leaves it at 0
-        __syncthreads();
-        if (shared[0] != n_splits - 1) return;
-        __threadfence();
-        __syncthreads();
-        for (int i = threadIdx.x; i < GROUP * STORED_DIM; i += 32 * N_WARPS) {
-            const int row = i / STORED_DIM, channel = i % STORED_DIM;
-            float largest;
-            const float2 sum = join<true>(partial + row * JOIN_STRIDE, n_splits, GROUP * JOIN_STRIDE, channel, largest);
-            queries[row * QUERY_STRIDE + channel] = sum.x / sum.y;
-        }
-    }
-    __syncthreads();
+    };
     for (int row = warp; row < GROUP; row += N_WARPS) {
-        float* own = queries + row * QUERY_STRIDE;
-        if (VALUE_HADAMARD) transform_shared_head(own);
-        for (int i = lane; i < HEAD_DIM; i += 32) target[row * HEAD_DIM + i] = static_cast<ELEMENT>(own[i]);
+        const Joined joined = join<false>(shares + row * JOIN_STRIDE, N_WARPS, GROUP * JOIN_STRIDE);
+        if (n_splits == 1) {
+            finish(row, joined);
+            continue;
+        }
+        float* place = partial + (split * GROUP + row) * JOIN_STRIDE;
+#pragma unroll
+        for (int k = 0; k < LANE_PARTS; ++k) place[lane + 32 * k] = joined.sums[k];
+        if (lane == 0) place[STORED_DIM] = joined.largest, place[STORED_DIM + 1] = joined.denominator;
+    }
+    if (n_splits == 1) return;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) shared[0] = atomicInc(counters + item, n_splits - 1);  // the last one leaves it at 0
+    __syncthreads();
+    if (shared[0] != n_splits - 1) return;
+    __threadfence();
+    for (int row = warp; row < GROUP; row += N_WARPS) {
+        finish(row, join<true>(partial + row * JOIN_STRIDE, n_splits, GROUP * JOIN_STRIDE));
     }
 }

@@ -93,18 +93,46 @@ struct Softmax {
     }
 };
 
-// Adds up `n` shares of a head, `stride` apart, in their order: one channel, and the denominator.
+// One head's output before its last transform, in a warp's registers (LANE_PARTS of head_shared.cuh).
+struct Joined {
+    float sums[STORED_DIM / 32], denominator, largest;
+};
+
+// Adds up `n` <= 64 shares of a head, `stride` apart, by one warp: always in the same order.
 template <bool GLOBAL>
-__device__ __forceinline__ float2 join(const float* shares, int n, int stride, int channel, float& largest) {
+__device__ __forceinline__ Joined join(const float* shares, int n, int stride) {
     const auto read = [](const float* place) { return GLOBAL ? __ldcg(place) : *place; };
-    largest = minus_infinity();
-    for (int i = 0; i < n; ++i) largest = fmaxf(largest, read(shares + i * stride + STORED_DIM));
-    float2 sum = {};
-    for (int i = 0; i < n && largest > minus_infinity(); ++i) {
-        const float* share = shares + i * stride;
-        const float weight = exp2_approximate(read(share + STORED_DIM) - largest);
-        sum.x += weight * read(share + channel);
-        sum.y += weight * read(share + STORED_DIM + 1);
+    const int lane = threadIdx.x % 32;
+    float scores[2], denominators[2], weights[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {  // a lane looks at the shares lane and lane + 32
+        const float* share = shares + (lane + 32 * i) * stride + STORED_DIM;
+        const bool exists = lane + 32 * i < n;
+        scores[i] = exists ? read(share) : minus_infinity();
+        denominators[i] = exists ? read(share + 1) : 0.0f;
     }
-    return sum;
+    Joined result = {};
+    result.largest = fmaxf(scores[0], scores[1]);
+#pragma unroll
+    for (int step = 16; step; step /= 2) {
+        result.largest = fmaxf(result.largest, __shfl_xor_sync(ALL_LANES, result.largest, step));
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        weights[i] = result.largest > minus_infinity() ? exp2_approximate(scores[i] - result.largest) : 0.0f;
+        result.denominator += weights[i] * denominators[i];
+    }
+#pragma unroll
+    for (int step = 16; step; step /= 2) {
+        result.denominator += __shfl_xor_sync(ALL_LANES, result.denominator, step);
+    }
+#pragma unroll 4
+    for (int i = 0; i < n; ++i) {
+        const float weight = __shfl_sync(ALL_LANES, i < 32 ? weights[0] : weights[1], i % 32);
+#pragma unroll
+        for (int k = 0; k < STORED_DIM / 32; ++k) {
+            result.sums[k] += weight * read(shares + i * stride + lane + 32 * k);
+        }
+    }
+    return result;
 }

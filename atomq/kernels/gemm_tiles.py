@@ -101,7 +101,7 @@ def choose_tile(
     n_tiles = -(-n_tokens // 256)
     if n_records * n_tiles < FEW_RECORDS:
         tokens = 128
-    elif n_tiles <= 2:  # a slot costs by its tokens: as few as hold them all in as many tiles
+    elif n_tiles <= 2 and group_size == 128:  # a slot costs by its tokens; groups of 64 would spill
         tokens = next(size for size in LARGE_TILES if n_tiles * size >= n_tokens)
     else:
         tokens = LARGE_TILES[-1]

@@ -222,6 +222,7 @@ def attention_defines(
         fixed_words += _WARPS * 32 * tiles * (dim // 8)
     ring_words = max(_WARPS * stages * stage_words, _WARPS * group * (dim + 2))
     is_large = dim * tiles > 128 or layout.n_bits == 16 or (mode == 2 and has_offset)
+    is_small = mode == 0 or (mode == 1 and group == 1 and not has_offset and layout.head_dim == dim)
     return {
         "ELEMENT": _ELEMENTS[dtype],
         "HEAD_DIM": layout.head_dim,
@@ -233,7 +234,7 @@ def attention_defines(
         "KEY_OFFSET": int(has_offset),
         "N_WARPS": _WARPS,
         "STAGES": stages,
-        "MIN_CTAS": 2 if is_large else 3 if mode else 4,
+        "MIN_CTAS": 2 if is_large else 4 if is_small else 3,
         "SHARED_BYTES": 4 * (fixed_words + ring_words),
     }
 

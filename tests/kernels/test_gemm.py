@@ -123,8 +123,17 @@ def test_128_tokens_of_a_large_weight_go_by_its_panels():
 
 @pytest.mark.parametrize(
     ("n_tokens", "tokens", "chunk"),
-    [(129, 160, 32), (160, 160, 32), (161, 192, 64), (193, 256, 64), (300, 160, 32), (384, 192, 64)]
-    + [(385, 256, 64), (513, 256, 64), (4096, 256, 64)],
+    [
+        (129, 160, 32),
+        (160, 160, 32),
+        (161, 192, 64),
+        (193, 256, 64),
+        (300, 160, 32),
+        (384, 192, 64),
+        (385, 256, 64),
+        (513, 256, 64),
+        (4096, 256, 64),
+    ],
 )
 def test_a_tile_is_no_larger_than_the_tokens_need(n_tokens, tokens, chunk):
     tile = gemm.choose_tile(n_tokens, 128, False)
@@ -134,8 +143,9 @@ def test_a_tile_is_no_larger_than_the_tokens_need(n_tokens, tokens, chunk):
     assert tokens % progressive.chunk_tokens == 0
 
 
-def test_a_small_weight_keeps_small_tiles():
+def test_small_weights_and_groups_of_64_keep_their_tiles():
     assert gemm.choose_tile(147, 128, False, n_panels=64, n_slots=33).tokens == 128  # 4096 x 4096
+    assert gemm.choose_tile(147, 64, False).tokens == 256  # the others spill
 
 
 def disassemble(cubin: bytes, folder: Path) -> str:

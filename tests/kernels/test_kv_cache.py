@@ -269,9 +269,13 @@ def test_operands_that_do_not_fit_are_refused():
 def test_kernels_compile_without_spilling(arch, name):
     pytest.importorskip("cupy", reason="compiling a kernel needs CuPy and NVRTC")
     layout = LAYOUTS[name]
+    variants = [(1, False), (4, layout.key_mode > 0)]  # query heads of a head, an offset of K
     reports = [
         *(compile_for(n, arch, **append_defines(layout, torch.float16)) for n in ("kv_append", "kv_read")),
-        compile_for("kv_attention", arch, **attention_defines(layout, torch.float16, 4, layout.key_mode > 0)),
+        *(
+            compile_for("kv_attention", arch, **attention_defines(layout, torch.float16, *variant))
+            for variant in variants
+        ),
     ]
     assert not any(report.spill_bytes for report in reports), reports
 
