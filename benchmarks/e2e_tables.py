@@ -67,6 +67,8 @@ def e2e_tables(record: dict[str, Any]) -> str:
     parts = [steps_table(record), f"KV caches: {caches}.", ratios_table(record)]
     if any(step["shares"] for step in record["steps"]):
         parts.append(shares_table(record))
+    if "profile" in record:
+        parts.append(profile_table(record))
     if "prefill" in record:
         parts.append(prefill_table(record))
     return "\n\n".join(parts)
@@ -79,7 +81,25 @@ def prefill_table(record: dict[str, Any]) -> str:
         "| --- | --- | --- |",
     ]
     for name, times in record["prefill"].items():
-        lines.append(f"| {name} | {1e-3 * times['graph_us']:.1f} | {1e-3 * times['launched_us']:.1f} |")
+        cells = ["" if us is None else f"{1e-3 * us:.1f}" for us in (times["graph_us"], times["launched_us"])]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def profile_table(record: dict[str, Any]) -> str:
+    """Kernels of a step on a few layers by kind of work; those that overlap count twice."""
+    kinds = list(record["profile"][0]["kernel_us"])
+    lines = [
+        f"Kernels of a step under CUDA's trace, us, {record['profile'][0]['n_layers']} layers:",
+        "",
+        f"| scheme | batch | launches | the step | {' | '.join(kinds)} |",
+        "| --- " * (len(kinds) + 4) + "|",
+    ]
+    for row in record["profile"]:
+        cells = " | ".join(f"{row['kernel_us'][kind]:.0f}" for kind in kinds)
+        lines.append(
+            f"| {row['scheme']} | {row['batch']} | {row['n_launches']} | {row['graph_us']:.0f} | {cells} |"
+        )
     return "\n".join(lines)
 
 
@@ -149,4 +169,23 @@ def attention_table(record: dict[str, Any]) -> str:
             f"| {row['name']} | {row['us']:.1f} | {100 * row['floor_fraction']:.0f} % | "
             f"{row['us'] / rows[0]['us']:.2f}x |"
         )
+    return "\n".join(lines)
+
+
+def variants_table(record: dict[str, Any]) -> str:
+    """Launch parameters of the decode kernel, and what cutting sequences costs."""
+    variants = record["variants"]
+    launches = list(dict.fromkeys(tuple(row["launch"].values()) for row in variants["rows"]))
+    found = {(row["name"], tuple(row["launch"].values())): row["us"] for row in variants["rows"]}
+    heads = " | ".join(f"{warps} x {stages}, {ctas}" for warps, stages, ctas in launches)
+    lines = [
+        "us by warps x stages, CTAs of an SM asked for; then with sequences whole, in 2 and in 4 parts:",
+        "",
+        f"| cache | {heads} | whole | 2 | 4 |",
+        "| --- " * (len(launches) + 4) + "|",
+    ]
+    for name, splits in variants["splits_us"].items():
+        cells = [found.get((name, launch)) for launch in launches]
+        shown = ["" if us is None else f"{us:.0f}" for us in (*cells, *splits.values())]
+        lines.append(f"| {name} | {' | '.join(shown)} |")
     return "\n".join(lines)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.e2e_tables import attention_table
+from benchmarks.e2e_tables import attention_table, e2e_tables, variants_table
 from benchmarks.gemm_goals import check_goals
 from benchmarks.gemm_tables import limits_table, quantize_table, table, tuning_table
 
@@ -29,6 +29,9 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "quantize": ("h100-gemm", quantize_table),
     "tuning": ("h100-kernel-steps", tuning_table),
     "attention": ("h100-attention", attention_table),
+    "attention-gqa": ("h100-attention-gqa", attention_table),
+    "attention-variants": ("h100-attention", variants_table),
+    "e2e-llama-2-7b": ("h100-e2e-llama-2-7b", e2e_tables),
 }
 """Name of a table -> the records it is made from (`<date>-<name>.json`), and how."""
 

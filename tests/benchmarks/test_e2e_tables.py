@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from benchmarks.e2e_tables import attention_table, e2e_tables, ratios_table, steps_table, trace_table
+from benchmarks.e2e_tables import (
+    attention_table,
+    e2e_tables,
+    ratios_table,
+    steps_table,
+    trace_table,
+    variants_table,
+)
 
 RECORD = {
     "model": "llama-2-7b",
@@ -89,3 +96,20 @@ def test_a_trace_names_its_workload():
     table = trace_table(RECORD)
     assert table.startswith("llama-2-7b, 24 GiB, 64 requests.")
     assert "| fp16 | 18 | 1234 | 1.50 / 3.00 | 9.0 / 12.0 |" in table
+
+
+def test_kernels_of_a_step_by_what_they_do():
+    profile = {"scheme": "w4a4", "batch": 32, "n_layers": 4, "n_launches": 54, "graph_us": 687.4}
+    record = {**RECORD, "profile": [{**profile, "kernel_us": {"attention": 230.8, "products": 385.9}}]}
+    assert "| w4a4 | 32 | 54 | 687 | 231 | 386 |" in e2e_tables(record)
+    record["prefill"] = {"fp16": {"graph_us": None, "launched_us": 50500.0}}
+    assert "| fp16 |  | 50.5 |" in e2e_tables(record)
+
+
+def test_variants_that_were_not_tried_stay_empty():
+    tried = {"name": "int4", "us": 63.5, "launch": {"warps": 4, "stages": 4, "min_ctas": 4}}
+    other = {"name": "int8", "us": 99.8, "launch": {"warps": 2, "stages": 6, "min_ctas": 8}}
+    splits = {"int4": {"1": 63.4, "2": 92.1, "4": 116.5}}
+    table = variants_table({"variants": {"rows": [tried, other], "splits_us": splits}})
+    assert "| cache | 4 x 4, 4 | 2 x 6, 8 | whole | 2 | 4 |" in table
+    assert "| int4 | 64 |  | 63 | 92 | 116 |" in table
