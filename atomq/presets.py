@@ -88,7 +88,9 @@ PRESETS: dict[str, Recipe] = {
     # Weights only and without outliers, as GPTQ and compressed-tensors files hold them.
     "w4a16": Recipe(
         QuantScheme(WeightScheme(n_bits=4, group_size=128), ActivationScheme(n_bits=FLOAT_BITS)),
-        SolverConfig(method="gptq", clip_search="hessian", calibration="sequential"),
+        SolverConfig(
+            method="gptq", clip_search="hessian", calibration="sequential", descent_sweeps=4, asymmetry=1.0
+        ),
     ),
     # INT8 per row and per token. Needs no calibration.
     "w8a8": Recipe(

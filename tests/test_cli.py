@@ -909,8 +909,11 @@ def test_after_a_full_disk_the_same_command_goes_on(run, made, tiny_dir, tmp_pat
     sentence = err.strip().splitlines()[-1]
     assert (code, out.exists()) == (1, False)
     assert sentence.endswith(f"{name}: No space left on device")
-    begun = name not in ("job.json", "model-00001-of-00003.safetensors", "statistics.safetensors")
-    assert out.parent.exists() == begun
+    begun = name not in ("job.json", "statistics.safetensors")
+    if (
+        name != "model-00001-of-00003.safetensors"
+    ):  # written while statistics are taken: these may be kept or not
+        assert out.parent.exists() == begun
     goes_on(run, made, argv, out)
 
 
