@@ -94,35 +94,33 @@ def estimate(
     began = time.perf_counter()
     calibration = calibration or CalibrationConfig()
     source = resolve_source(model_name)
-    tokenizer = load_tokenizer(source)
-    windows = cut_windows(tokenizer, calibration) if recipe.needs_calibration else None
-    model, weights = open_float_model(source, rotation=recipe.solver.rotation)
-    family = find_family(model.config.model_type)
-    n_blocks = len(blocks_of(model, family))
-    check_widths(model, family, recipe.scheme)
-    n_tokens = 0
-    if windows is not None:
-        windows.check_vocabulary(model.config.vocab_size)
-        windows.check_variety()
-        n_tokens = windows.n_tokens
-    _refuse_hopeless(model, family, recipe, device, n_tokens, activations)
-    source_hash(source)
-    loading = time.perf_counter() - began
+    with PeakMemory(device) as peak:  # of the preparations too: cutting a long text may take the most
+        tokenizer = load_tokenizer(source)
+        windows = cut_windows(tokenizer, calibration) if recipe.needs_calibration else None
+        model, weights = open_float_model(source, rotation=recipe.solver.rotation)
+        family = find_family(model.config.model_type)
+        n_blocks = len(blocks_of(model, family))
+        check_widths(model, family, recipe.scheme)
+        n_tokens = 0
+        if windows is not None:
+            windows.check_vocabulary(model.config.vocab_size)
+            windows.check_variety()
+            n_tokens = windows.n_tokens
+        _refuse_hopeless(model, family, recipe, device, n_tokens, activations)
+        source_hash(source)
+        loading = time.perf_counter() - began
 
-    outer_bytes = _bytes_outside_blocks(model, family, weights)
-    place = next(folder for folder in (out.absolute().parent, *out.absolute().parents) if folder.is_dir())
-    token_ids = None if windows is None else windows.token_ids
-    with (
-        tempfile.TemporaryDirectory(prefix=".atomq-probe-", dir=place) as scratch,
-        PeakMemory(device) as peak,
-    ):
-        probe = _Probe(source, recipe, device, calibration, Path(scratch))
-        on_disk = Path(scratch) if activations == "disk" else None
-        if token_ids is not None:
-            probe.run(token_ids[:1], None)  # compiles and warms up
-        on_progress(0, 1, "probing one block")
-        probe.run(token_ids, on_disk)
-        on_progress(1, 1, "probing one block")
+        outer_bytes = _bytes_outside_blocks(model, family, weights)
+        place = next(folder for folder in (out.absolute().parent, *out.absolute().parents) if folder.is_dir())
+        token_ids = None if windows is None else windows.token_ids
+        with tempfile.TemporaryDirectory(prefix=".atomq-probe-", dir=place) as scratch:
+            probe = _Probe(source, recipe, device, calibration, Path(scratch))
+            on_disk = Path(scratch) if activations == "disk" else None
+            if token_ids is not None:
+                probe.run(token_ids[:1], None)  # compiles and warms up
+            on_progress(0, 1, "probing one block")
+            probe.run(token_ids, on_disk)
+            on_progress(1, 1, "probing one block")
     seconds = {"loading": loading}
     for phase, (once, each) in probe.phases.items():
         seconds[phase] = once + n_blocks * each

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_checkpoints import calibration_text, quantize_tiny, recipe_of
 from tiny_models import save_tiny_model
 
@@ -74,6 +76,35 @@ def test_time_is_that_of_one_block_times_the_number_of_blocks(deep, tmp_path, mo
         "solving": 30,
         "writing": 3,
     }
+
+
+def test_a_disk_slower_than_the_computing_is_waited_for(deep, tmp_path, monkeypatch):
+    class Probe(atomq.estimate._Probe):
+        def run(self, token_ids, scratch):
+            super().run(token_ids, scratch)
+            self.phases = {"solving": (0.0, 1.0), "writing": (0.0, 0.5)}
+            self.shard_bytes, self.seconds_per_byte = 1_000_000, 1e-5
+
+    monkeypatch.setattr(atomq.estimate, "_Probe", Probe)
+    found = dry_run(deep, tmp_path / "OUT")
+    stored = load_file(deep / "model.safetensors")
+    outside = sum(t.numel() * t.element_size() for name, t in stored.items() if ".layers." not in name)
+    assert found.seconds["total"] == pytest.approx(1e-5 * (6_000_000 + outside))
+
+
+def test_memory_that_the_preparations_take_for_a_while_counts(deep, tmp_path, monkeypatch):
+    before = dry_run(deep, tmp_path / "OUT").ram_bytes
+
+    def cut(*args):
+        windows = cut_windows(*args)
+        room = bytearray(300_000_000)
+        room[::4096] = bytes([1]) * len(room[::4096])
+        time.sleep(0.1)
+        return windows
+
+    cut_windows = atomq.estimate.cut_windows
+    monkeypatch.setattr(atomq.estimate, "cut_windows", cut)
+    assert dry_run(deep, tmp_path / "OUT").ram_bytes > before + 150_000_000
 
 
 def test_activations_on_the_disk_count_there(deep, tmp_path):
