@@ -174,7 +174,7 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
     unsigned operand[HEAD_TILES][SLOTS];
     float sums[HEAD_TILES][2] = {};
     if (KEY_MODE == 0) {
-        query_operand(queries, nullptr, g, t, operand);
+        query_operand<false>(queries, nullptr, g, t, operand);
         query_sums(operand, t, sums);
     }
     const Hadamard32 hadamard(g, t);
@@ -193,12 +193,12 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             exists[i] = page * PAGE_TOKENS + place + 8 * i < length;
-            if (BITS < 16 && exists[i]) {
+            if (BITS < 16) {  // K of an unused place may be anything: its score is replaced
                 const uint2 ranges = *reinterpret_cast<const uint2*>(stage + 4 * 32 * CHUNK_WORDS + 2 * (g + 8 * i));
                 key_ranges[i] = __half22float2(as_half2(ranges.x));
-                value_ranges[i] = __half22float2(as_half2(ranges.y));
-            } else if (BITS == 16 && exists[i]) {
-                value_ranges[i].x = 1.0f;
+                value_ranges[i] = __half22float2(as_half2(exists[i] ? ranges.y : 0u));
+            } else {
+                value_ranges[i].x = exists[i] ? 1.0f : 0.0f;
             }
             load_chunk(stage + i * 32 * CHUNK_WORDS, lane, words[i]);
         }
@@ -217,7 +217,7 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
         } else {
             if (step % PAGE_STEPS == 0) {
                 const long long turn = position - page * PAGE_TOKENS;
-                query_operand(queries, rotary + turn * (HEAD_DIM / 2), g, t, operand);
+                query_operand<true>(queries, rotary + turn * (HEAD_DIM / 2), g, t, operand);
 #pragma unroll
                 for (int i = 0; PARKS_OPERAND && i < HEAD_TILES * SLOTS; ++i) {
                     parked[i * 32 * N_WARPS] = operand[i / SLOTS][i % SLOTS];

@@ -127,16 +127,18 @@ __device__ __forceinline__ void rebuild(__half2 (&keys)[2][SLOTS], const float2 
     }
 }
 
-// The queries as mma's B operand, lane (g, t): head g's channels of the slots of t, turned by `turns` if there are any.
+// The queries as mma's B operand, lane (g, t): head g's channels of the slots of t. TURNED: turned by `turns`, else as they
+// are, over the slots' units.
+template <bool TURNED>
 __device__ __forceinline__ void query_operand(const float* query, const float2* turns, int g, int t,
                                               unsigned (&operand)[HEAD_TILES][SLOTS]) {
 #pragma unroll
     for (int slot = 0; slot < SLOTS / 2; ++slot) {
-        float2 turn[2] = {};
+        float2 turn[2];
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
             const int channel = key_channel(0, t * SLOTS + 2 * slot + j);
-            if (turns != nullptr && channel >= 0) turn[j] = turns[channel];
+            if (TURNED) turn[j] = turns[channel < 0 ? 0 : channel];
         }
 #pragma unroll
         for (int tile = 0; tile < HEAD_TILES; ++tile) {
@@ -147,8 +149,8 @@ __device__ __forceinline__ void query_operand(const float* query, const float2* 
                 const float* head = query + (tile * 8 + g) * QUERY_STRIDE;
                 const float x = channel < 0 ? 0.0f : head[channel];
                 const float y = channel < 0 ? 0.0f : head[channel + HEAD_DIM / 2];
-                low[j] = turns == nullptr ? x / slot_unit(slot) : x * turn[j].x - y * turn[j].y;
-                high[j] = turns == nullptr ? y / slot_unit(slot) : y * turn[j].x + x * turn[j].y;
+                low[j] = TURNED ? x * turn[j].x - y * turn[j].y : x / slot_unit(slot);
+                high[j] = TURNED ? y * turn[j].x + x * turn[j].y : y / slot_unit(slot);
             }
             operand[tile][slot] = as_word(__floats2half2_rn(low[0], low[1]));
             operand[tile][slot + SLOTS / 2] = as_word(__floats2half2_rn(high[0], high[1]));

@@ -42,7 +42,9 @@ __device__ __forceinline__ int chunk_word(int chunk, int word) {
 }
 
 // The channel of the head at place `i` (0 .. STORED_DIM / 2 - 1) of a half of K, or -1 where it is filled up.
-__device__ __forceinline__ int key_channel(int half, int i) { return i < HEAD_DIM / 2 ? half * (HEAD_DIM / 2) + i : -1; }
+__device__ __forceinline__ int key_channel(int half, int i) {
+    return HEAD_DIM == STORED_DIM || i < HEAD_DIM / 2 ? half * (HEAD_DIM / 2) + i : -1;
+}
 
 // Where the codes of a channel of K, or of V, lie: a word of a side, and a bit of it.
 struct CodePlace {

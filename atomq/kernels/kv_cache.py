@@ -19,7 +19,10 @@ from atomq.kernels.operands import check_operand
 
 _ELEMENTS = {torch.float16: "__half", torch.bfloat16: "__nv_bfloat16", torch.float32: "float"}
 _WARPS = 4
-_RING_BYTES = 9216  # of a warp's stages: what is on its way while others compute
+_RING_BYTES, _REBUILDING_RING_BYTES = (
+    9216,
+    7168,
+)  # of a warp's stages: what is on its way while others compute
 _PAGES_OF_SPLIT = 4  # at least, else joining costs more than it gains
 
 
@@ -216,13 +219,13 @@ def attention_defines(
     has_offset = has_offset and mode > 0
     tiles = math.ceil(group / 8)
     stage_words = dim * layout.n_bits + (32 if layout.n_bits < 16 else 0)
-    stages = max(2, min(6, _RING_BYTES // (4 * stage_words)))
+    ring_bytes = _REBUILDING_RING_BYTES if mode else _RING_BYTES
+    stages = max(2, min(6, ring_bytes // (4 * stage_words)))
     fixed_words = tiles * 8 * (dim + 8) + (32 * dim if mode else 0) + (dim // 2 if has_offset else 0)
     if mode and dim > 128:  # the kernel's PARKS_OPERAND
         fixed_words += _WARPS * 32 * tiles * (dim // 8)
     ring_words = max(_WARPS * stages * stage_words, _WARPS * group * (dim + 2))
-    is_large = dim * tiles > 128 or layout.n_bits == 16 or (mode == 2 and has_offset)
-    is_small = mode == 0 or (mode == 1 and group == 1 and not has_offset and layout.head_dim == dim)
+    is_large = dim * tiles > 128 or layout.n_bits == 16
     return {
         "ELEMENT": _ELEMENTS[dtype],
         "HEAD_DIM": layout.head_dim,
@@ -234,7 +237,7 @@ def attention_defines(
         "KEY_OFFSET": int(has_offset),
         "N_WARPS": _WARPS,
         "STAGES": stages,
-        "MIN_CTAS": 2 if is_large else 4 if is_small else 3,
+        "MIN_CTAS": 2 if is_large else 4 if mode == 0 or layout.n_bits == 4 else 3,
         "SHARED_BYTES": 4 * (fixed_words + ring_words),
     }
 

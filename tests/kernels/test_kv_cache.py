@@ -267,7 +267,7 @@ def test_operands_that_do_not_fit_are_refused():
 @pytest.mark.parametrize(
     "name", ["int4 before rope", "int4 before rope, rotated", "int4 after rope, rotated", "float16"]
 )
-def test_kernels_compile_without_spilling(arch, name):
+def test_kernels_compile_and_spill_no_more_than_was_timed(arch, name):
     pytest.importorskip("cupy", reason="compiling a kernel needs CuPy and NVRTC")
     layout = LAYOUTS[name]
     variants = [(1, False), (4, layout.key_mode > 0)]  # query heads of a head, an offset of K
@@ -278,7 +278,10 @@ def test_kernels_compile_without_spilling(arch, name):
             for variant in variants
         ),
     ]
-    assert not any(report.spill_bytes for report in reports), reports
+    # K is rebuilt by four CTAs an SM with some scalars of a step spilled: as fast as by three without, and
+    # 5 % faster with grouped queries.
+    limit = 160 if layout.key_mode else 0
+    assert all(r.spill_bytes <= (limit if r.name == "kv_attention" else 0) for r in reports), reports
 
 
 @pytest.mark.gpu
