@@ -47,17 +47,19 @@ def ratios_table(record: dict[str, Any]) -> str:
 
 
 def shares_table(record: dict[str, Any]) -> str:
-    """Where a step's time goes, by kind of work, under CUDA's trace."""
-    steps = [step for step in record["steps"] if step["shares"]]
-    kinds = list(steps[0]["shares"])
+    """Where the time of steps and prompts goes, by kind of work, under CUDA's trace."""
+    prompts = record.get("prefill", {}).items()
+    measured = [(s["scheme"], s["batch"], s["shares"]) for s in record["steps"] if s["shares"]]
+    measured += [(name, "prompt", times["shares"]) for name, times in prompts if times.get("shares")]
+    kinds = list(measured[0][2])
     lines = [
         f"| scheme | batch | {' | '.join(kinds)} | sum, ms |",
         "| --- " * (len(kinds) + 3) + "|",
     ]
-    for step in steps:
-        total = sum(step["shares"].values())
-        parts = " | ".join(f"{100 * step['shares'][kind] / total:.0f} %" for kind in kinds)
-        lines.append(f"| {step['scheme']} | {step['batch']} | {parts} | {1e-3 * total:.2f} |")
+    for scheme, batch, shares in measured:
+        total = sum(shares.values())
+        parts = " | ".join(f"{100 * shares[kind] / total:.0f} %" for kind in kinds)
+        lines.append(f"| {scheme} | {batch} | {parts} | {1e-3 * total:.2f} |")
     return "\n".join(lines)
 
 

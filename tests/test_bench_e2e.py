@@ -96,14 +96,15 @@ def test_shares_of_overlapping_kernels_add_up_to_the_step():
     spans = [
         Span("quantize_act", 10.0, 14.0),
         Span("sm90_w4a4_gemm", 12.0, 30.0),  # launched early: it waits until 14
-        Span("kv_attention", 31.0, 41.0),
+        Span("kv_attention", 31.0, 40.0),
+        Span("void pytorch_flash::flash_fwd_kernel", 40.0, 41.0),
         Span("void at::native::add", 41.0, 42.5),
         Span("nvjet_hsh_128x64", 43.0, 44.0),
     ]
     found = shares(reversed(spans))
     assert found == {
         "attention": 10.0,
-        "append": 0.0,
+        "cache": 0.0,
         "quantize": 4.0,
         "products": 17.0,
         "others": 1.5,
@@ -179,7 +180,13 @@ def test_ratios_say_when_there_is_no_valid_baseline(capsys, monkeypatch):
         "kv_cache": {"w4a4": "4 bits"},
         "steps": [s.to_dict() for s in steps],
         "ratios": ratios,
-        "prefill": {"w4a4": {"graph_us": 5000.0, "launched_us": 9000.0}},
+        "prefill": {
+            "w4a4": {
+                "graph_us": 5000.0,
+                "launched_us": 9000.0,
+                "shares": {"attention": 1234.0, "launches": 20.0},
+            }
+        },
     }
     record["steps"][0]["shares"] = {"attention": 700.0, "launches": 300.0}
     print_record(record)
@@ -188,8 +195,9 @@ def test_ratios_say_when_there_is_no_valid_baseline(capsys, monkeypatch):
     assert "no valid baseline: 50 % of its floor" in shown
     assert "1.0, over 0.5" in shown
     assert "7.7x of FP16 and 2.5x of INT8, are of an RTX 4090" in shown
-    assert "where a step's time goes" in shown
+    assert "where the time goes" in shown
     assert "│ w4a4 │ 5.0 │ 9.0 │" in shown
+    assert "│ w4a4 │ prompt │ 1.23 │ 0.02 │" in shown
     assert "0.70" in shown
 
 

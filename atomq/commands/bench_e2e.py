@@ -92,7 +92,7 @@ def command(
         "ratios": _ratios(steps),
     }
     if prefill:
-        record["prefill"] = _measure_prefills(decoders, shape, context)
+        record["prefill"] = _measure_prefills(decoders, shape, context, profile)
     if trace:
         record["trace"] = _trace(decoders, steps, trace, seed)
     del decoders
@@ -210,12 +210,12 @@ def _measure(
 
 
 def _measure_prefills(
-    decoders: dict[str, Decoder], shape: DecoderShape, context: int
-) -> dict[str, dict[str, float]]:
+    decoders: dict[str, Decoder], shape: DecoderShape, context: int, profile: bool
+) -> dict[str, dict[str, Any]]:
     from atomq.eval import e2e_bench
 
     memory = e2e_bench.memory_for(decoders, [{name: 1 for name in decoders}], context)
-    return e2e_bench.measure_prefills(decoders, context, shape, memory)
+    return e2e_bench.measure_prefills(decoders, context, shape, memory, profile=profile)
 
 
 def _trace(decoders: dict[str, Decoder], steps: list[Step], n_requests: int, seed: int) -> dict[str, Any]:

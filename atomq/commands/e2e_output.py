@@ -17,12 +17,15 @@ def print_record(record: dict[str, Any]) -> None:
     """Print every part that the record has."""
     _print_steps(record)
     _print_ratios(record["ratios"])
-    if any(step["shares"] for step in record["steps"]):
-        _print_shares(record["steps"])
-    if "prefill" in record:
+    prefill = record.get("prefill", {})
+    _print_shares(
+        [(step["scheme"], str(step["batch"]), step["shares"]) for step in record["steps"] if step["shares"]]
+        + [(name, "prompt", times["shares"]) for name, times in prefill.items() if times["shares"]]
+    )
+    if prefill:
         rows = [
             [name, *(f"{1e-3 * times[key]:.1f}" for key in ("graph_us", "launched_us"))]
-            for name, times in record["prefill"].items()
+            for name, times in prefill.items()
         ]
         columns = ["scheme", "ms as a graph", "ms from Python"]
         console.print_table(f"a prompt of {record['context']} tokens", columns, rows)
@@ -86,14 +89,15 @@ def _print_ratios(ratios: list[dict[str, Any]]) -> None:
         console.print_line(_PAPER)
 
 
-def _print_shares(steps: list[dict[str, Any]]) -> None:
-    kinds = list(next(step["shares"] for step in steps if step["shares"]))
+def _print_shares(measured: list[tuple[str, str, dict[str, float]]]) -> None:
+    """Of schemes at a batch, or of a prompt, by kind of work."""
+    if not measured:
+        return
     rows = [
-        [step["scheme"], str(step["batch"]), *(f"{1e-3 * step['shares'][kind]:.2f}" for kind in kinds)]
-        for step in steps
-        if step["shares"]
+        [scheme, batch, *(f"{1e-3 * us:.2f}" for us in shares.values())] for scheme, batch, shares in measured
     ]
-    console.print_table("where a step's time goes, ms under CUDA's trace", ["scheme", "batch", *kinds], rows)
+    columns = ["scheme", "batch", *measured[0][2]]
+    console.print_table("where the time goes, ms under CUDA's trace", columns, rows)
 
 
 def _print_trace(trace: dict[str, dict[str, Any]]) -> None:

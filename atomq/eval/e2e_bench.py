@@ -207,22 +207,31 @@ def measure_steps(
 
 
 def measure_prefills(
-    decoders: dict[str, Decoder], n_tokens: int, shape: DecoderShape, memory: torch.Tensor
-) -> dict[str, dict[str, float]]:
+    decoders: dict[str, Decoder],
+    n_tokens: int,
+    shape: DecoderShape,
+    memory: torch.Tensor,
+    *,
+    profile: bool = False,
+) -> dict[str, dict[str, Any]]:
     """Microseconds of a prompt of `n_tokens` through the whole model, scaled by layers.
 
-    Of each scheme: "graph_us", captured as a CUDA graph, in turns; "launched_us", launched from Python.
+    Of each scheme: "graph_us", captured as a CUDA graph, in turns; "launched_us", launched from Python;
+    "shares" of the graph as those of `Step`.
     """
     launches = {name: _prefill(decoder, n_tokens, memory) for name, decoder in decoders.items()}
     timings = time_in_turns([[launch] for launch in launches.values()])
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     for (name, launch), timing in zip(launches.items(), timings, strict=True):
         scaling = shape.n_layers / len(decoders[name].blocks)
         launched = [_launched_us(launch) for _ in range(_PREFILLS)]
         results[name] = {
             "graph_us": scaling * timing.graph_us,
             "launched_us": scaling * statistics.median(launched),
+            "shares": None,
         }
+        if profile:
+            results[name]["shares"] = {kind: scaling * us for kind, us in profile_step(launch).items()}
     return results
 
 

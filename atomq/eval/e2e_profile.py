@@ -13,8 +13,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 KINDS = {
-    "attention": ("kv_attention",),
-    "append": ("kv_append",),
+    "attention": ("kv_attention", "flash", "fmha", "sdpa"),
+    "cache": ("kv_append", "kv_read"),
     "quantize": ("quantize_act", "quantize_gathered", "rows", "scale_sums"),
     "products": ("gemm", "nvjet", "cutlass", "cublas", "xmma", "splitk"),
 }

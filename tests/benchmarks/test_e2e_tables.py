@@ -31,7 +31,13 @@ RECORD = {
         }
     ],
     "kv_cache": {"fp16": "16 bits, K after RoPE"},
-    "prefill": {"fp16": {"graph_us": 31000.0, "launched_us": 50500.0}},
+    "prefill": {
+        "fp16": {
+            "graph_us": 31000.0,
+            "launched_us": 50500.0,
+            "shares": {"attention": 2500.0, "products": 22500.0, "launches": 0.0},
+        }
+    },
     "trace": {
         "fp16": {
             "n_requests": 64,
@@ -87,6 +93,7 @@ def test_all_of_a_shape_says_what_limits_it():
     tables = e2e_tables(RECORD)
     assert "KV caches: fp16 16 bits, K after RoPE." in tables
     assert "| fp16 | 32 | 70 % | 28 % | 2 % | 10.00 |" in tables
+    assert "| fp16 | prompt | 10 % | 90 % | 0 % | 25.00 |" in tables
     assert "| fp16 | 31.0 | 50.5 |" in tables
     without = {**RECORD, "steps": [{**RECORD["steps"][0], "shares": None}]}
     assert "70 %" not in e2e_tables(without)
