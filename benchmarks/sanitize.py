@@ -22,19 +22,24 @@ from typing import Any
 
 import torch
 
+from atomq.eval.attention_bench import CACHES, layouts
 from atomq.kernels import activations
 from atomq.kernels.activations import quantize_act
 from atomq.kernels.gemm import Engine, w4a4_gemm, w4a16_gemm
 from atomq.kernels.gemm_kv import w4a4_gemm_kv
 from atomq.kernels.gptq import gptq_block
 from atomq.kernels.kv import dequantize_kv, quantize_kv
+from atomq.kernels.kv_cache import append_kv, decode_attention, read_kv
+from atomq.kernels.kv_pages import HeadParameters
 from atomq.kernels.layout import ActivationFormat, ChannelOrder, NormParameters
 from atomq.kernels.repack import CanonicalWeight, PackedWeight, repack_weight
+from atomq.kernels.rows import prepare_rows, quantize_rows, scale_sums
 from atomq.numerics.grid import CodeGrid
 
 TOOLS = ("memcheck", "racecheck")
 _TOKENS = (1, 9, 33, 70, 130, 300)  # one for each tile
 _N_CHANNELS, _N_INPUTS, _N_OUTLIERS, _HEAD_DIM = 320, 1000, 70, 64
+_CACHE_HEAD_DIM = 128
 
 
 def run_kernels() -> Iterator[str]:
@@ -72,7 +77,44 @@ def run_kernels() -> Iterator[str]:
     block, scales = torch.randn(33, 100, device="cuda"), torch.full((33,), 0.3, device="cuda")
     gptq_block(block, scales, None, factor, CodeGrid(4))
     yield "gptq_block"
+    yield from run_decode_kernels("cuda")
     torch.cuda.synchronize()
+
+
+def run_decode_kernels(device: str) -> Iterator[str]:
+    """Launch what decoding adds: the paged cache in every layout, ragged and with an empty slot, and rows."""
+    lengths, per_row = (1, 0, 17, 130), 3
+    table = torch.randperm(len(lengths) * per_row, device=device).int().reshape(len(lengths), per_row)
+    rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).int().to(device)
+    positions = torch.cat([torch.arange(n) for n in lengths]).int().to(device)
+    at = torch.tensor(lengths, dtype=torch.int32, device=device)
+    angles = torch.rand(192, _CACHE_HEAD_DIM // 2, device=device)
+    norms, offset = (
+        torch.rand(2, _CACHE_HEAD_DIM, device=device),
+        torch.randn(2, _CACHE_HEAD_DIM, device=device),
+    )
+    for name, layout in layouts(2, _CACHE_HEAD_DIM).items():
+        heads = HeadParameters.of(
+            torch.stack((angles.cos(), angles.sin()), dim=-1).contiguous(),
+            0.1,
+            *norms,
+            1e-5,
+            offset if CACHES[name].has_key_offset else None,
+        )
+        pages = torch.zeros((table.numel(), 2, layout.page_bytes), dtype=torch.uint8, device=device)
+        keys, values = torch.randn(2, len(rows), 2, _CACHE_HEAD_DIM, device=device).half()
+        append_kv(keys, values, pages, table, rows, positions, layout, heads)
+        read_kv(pages, table, rows, positions, layout, heads, torch.float16)
+        for group in (1, 12):
+            query = torch.randn(len(lengths), 2 * group, _CACHE_HEAD_DIM, device=device).half()
+            for n_splits in (1, 2):
+                decode_attention(query, pages, table, at, layout, heads, n_splits)
+        yield f"kv_append, kv_read, kv_attention: {name}"
+    x, weight = torch.randn(9, 2 * _N_INPUTS, device=device).half(), torch.rand(_N_INPUTS, device=device)
+    prepare_rows(x, silu_mul=True)
+    codes, scales = quantize_rows(x[:, :_N_INPUTS], norm_weight=weight, epsilon=1e-5)
+    scale_sums(codes.int(), scales, weight, torch.float16)
+    yield "rows, scale_sums"
 
 
 def _weight(n_outliers: int, progressive: bool) -> PackedWeight:
