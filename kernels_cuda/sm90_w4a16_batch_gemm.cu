@@ -1,5 +1,7 @@
-// out[m][n] = sum over groups of scale * (INT4 weights . float16 or bfloat16 activations) + bias, on sm_90a, for 17
-// tokens and more: it streams the weights once per TILE_TOKENS tokens.
+// out[m][n] = sum over groups of scale * (INT4 weights . float16 or bfloat16 activations) + bias, on sm_90a, for many
+// tokens: it streams the weights once per TILE_TOKENS tokens.
+//
+// NOT IN USE (gemm_tiles.choose_w4a16_tile): two results were wrong on a GPU, docs/LOG.md, 2026-11-28.
 //
 //   weights, channel_scales: see gemm_layout.cuh; exact scales, no outlier slots (only the bias row is read)
 //   x         [M][n_inputs] float16 (IN_BF16: bfloat16), dense; n_inputs a multiple of 8; 16-byte aligned

@@ -12,8 +12,9 @@ from atomq.kernels.repack import PANEL_ROWS, SLOT_INPUTS, record_bytes
 
 OUT_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _STORE_PITCH = PANEL_ROWS * 2 + 16
-W4A16_FEW_TOKENS = 16  # up to them mma.sync reads tokens as they lie
+W4A16_FEW_TOKENS = 32  # up to them mma.sync reads tokens as they lie
 _STAGERS = 96  # threads of sm90_w4a16_batch_gemm.cu that lay out tokens
+_N_AHEAD = 3  # slots of tokens on their way to them
 MANY_RECORDS = 16384  # of 64 channels x 128 inputs: 28672 x 8192 has 29120
 FEW_RECORDS = 5000  # 4096 x 4096 has 2112
 LARGE_TILES = (160, 192, 256)  # tokens; what is stored at a time, 32 of them, divides each
@@ -108,11 +109,14 @@ def choose_tile(
     return Tile(tokens, math.gcd(chunk, tokens), n_warpgroups=2, row_blocks=1, consumer_registers=232)
 
 
+W4A16_LARGE_TILE = Tile(64, 64, n_warpgroups=3, row_blocks=1, consumer_registers=0)
+"""Of `sm90_w4a16_batch_gemm.cu`; never chosen: two of its results were wrong (docs/LOG.md, 2026-11-28)."""
+
+
 def choose_w4a16_tile(n_tokens: int) -> Tile:
     """The W4A16 tile for a number of tokens: above 8, more warps share the conversion of codes."""
-    tokens = min(64, max(8, 1 << (n_tokens - 1).bit_length()))
-    n_warpgroups = {8: 2, 16: 4, 32: 4, 64: 3}[tokens]
-    return Tile(tokens, tokens, n_warpgroups, row_blocks=1, consumer_registers=0)
+    tokens = min(W4A16_FEW_TOKENS, max(8, 1 << (n_tokens - 1).bit_length()))
+    return Tile(tokens, tokens, n_warpgroups=2 if tokens == 8 else 4, row_blocks=1, consumer_registers=0)
 
 
 def sm90_defines(
@@ -149,7 +153,7 @@ def sm90_w4a16_defines(
 ) -> dict[str, int]:
     """The parameters of a W4A16 kernel for a tile, with as many stages as fit into shared memory.
 
-    `sm90_w4a16_gemm.cu` takes tiles of up to 16 tokens, `sm90_w4a16_batch_gemm.cu` larger ones.
+    `sm90_w4a16_gemm.cu` takes tiles of up to 32 tokens, `sm90_w4a16_batch_gemm.cu` larger ones.
     """
     fixed = 1024 + tile.n_warpgroups * min(32, tile.tokens) * _STORE_PITCH
     stage = tile.panels * record_bytes(group_size, scale_bytes)
@@ -158,10 +162,9 @@ def sm90_w4a16_defines(
         stage += tile.tokens * (2 * SLOT_INPUTS + 32)
     else:
         stage = -(-(stage + tile.tokens * 2 * SLOT_INPUTS) // 1024) * 1024
-        n_ahead = 4 if tile.tokens == 32 else 3
         share = -(-tile.tokens * SLOT_INPUTS // 16 // _STAGERS) * 32  # bytes of a slot that a thread lays out
-        fixed += n_ahead * _STAGERS * share
-        ahead = {"N_AHEAD": n_ahead, "CTAS_PER_SM": tile.ctas_per_sm}
+        fixed += _N_AHEAD * _STAGERS * share
+        ahead = {"N_AHEAD": _N_AHEAD, "CTAS_PER_SM": tile.ctas_per_sm}
     return {
         "GROUP_SIZE": group_size,
         "SCALE_BYTES": scale_bytes,
