@@ -209,6 +209,7 @@ class SolverConfig:
         descent_sweeps: sweeps of coordinate descent over codes and scales after GPTQ (`method.descent`).
         asymmetry: how much of the float model's output on its own inputs the codes aim at, from 0 (the
             output of the float weights on quantized inputs) to 1 (`method.hessian`).
+        asymmetry_damp: fraction of the mean Hessian diagonal added to it for that correction.
         refine_steps: steps of block-wise refinement after all linears are solved (`method.refine`); 0: none.
         refine_rate: its learning rate, in codes.
         rotation: "fused": the residual stream and the heads of V are rotated first, in the weights alone
@@ -223,6 +224,7 @@ class SolverConfig:
     calibration: Literal["block", "sequential"] = "block"
     descent_sweeps: int = 0
     asymmetry: float = 0.0
+    asymmetry_damp: float = 0.01
     refine_steps: int = 0
     refine_rate: float = 0.01
     rotation: ResidualRotation = "none"
@@ -233,6 +235,10 @@ class SolverConfig:
             raise ConfigError(f"solver.descent_sweeps={self.descent_sweeps} must lie between 0 and 100")
         if not 0 <= self.asymmetry <= 1:
             raise ConfigError(f"solver.asymmetry={self.asymmetry} must lie between 0 and 1")
+        if not 0 < self.asymmetry_damp <= 1000:
+            raise ConfigError(
+                f"solver.asymmetry_damp={self.asymmetry_damp} must lie above 0 and at most at 1000"
+            )
         if not 0 <= self.refine_steps <= 100_000:
             raise ConfigError(f"solver.refine_steps={self.refine_steps} must lie between 0 and 100000")
         if not 0 < self.refine_rate <= 1:

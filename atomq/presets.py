@@ -89,7 +89,12 @@ PRESETS: dict[str, Recipe] = {
     "w4a16": Recipe(
         QuantScheme(WeightScheme(n_bits=4, group_size=128), ActivationScheme(n_bits=FLOAT_BITS)),
         SolverConfig(
-            method="gptq", clip_search="hessian", calibration="sequential", descent_sweeps=4, asymmetry=1.0
+            method="gptq",
+            clip_search="hessian",
+            calibration="sequential",
+            descent_sweeps=4,
+            asymmetry=1.0,
+            asymmetry_damp=1.0,
         ),
     ),
     # INT8 per row and per token. Needs no calibration.

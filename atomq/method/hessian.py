@@ -2,8 +2,9 @@
 eq. 2), and the asymmetric target.
 
 With x~ the float model's input of the same token, a linear is to give W x~ and not W x. The weight that comes
-nearest is W + W D H^-1 with D = 2/n sum (x~ - x) x^T (GPTAQ, arXiv 2504.02692); a share of that correction
-may do better than all of it, since what a linear corrects for others it fits to the calibration text.
+nearest is W + W D H^-1 with D = 2/n sum (x~ - x) x^T (GPTAQ, arXiv 2504.02692). What a linear corrects for
+others it fits to the calibration text, so the H of that correction is damped far more than GPTQ's, and a
+share of it may do better than all.
 """
 
 from __future__ import annotations
@@ -83,7 +84,12 @@ def damp(hessian: torch.Tensor, damp_frac: float) -> torch.Tensor:
 
 
 def asymmetric_target(
-    weight: torch.Tensor, hinv_chol: torch.Tensor, shift: torch.Tensor, strength: float
+    weight: torch.Tensor, hessian: torch.Tensor, shift: torch.Tensor, strength: float, damp_frac: float
 ) -> torch.Tensor:
-    """W + strength * W D H^-1, [N, K], for D = `shift` and the upper factor U = `hinv_chol`: H^-1 = U^T U."""
-    return weight + strength * (weight @ shift @ hinv_chol.T @ hinv_chol)
+    """W + strength * W D (H + damping)^-1, [N, K], for D = `shift` and the damping of `damp`.
+
+    It solves min |W x~ - V x|^2 over the calibration tokens plus damp_frac * mean(diag H) |V - W|^2: along
+    directions that they seldom take, the target stays at W.
+    """
+    factor = torch.linalg.cholesky(damp(hessian, damp_frac))
+    return weight + strength * torch.cholesky_solve((weight @ shift).T, factor).T

@@ -80,14 +80,17 @@ def _solve_by_gptq(
 
     Rows do not know of each other, so the linears are solved as one, if their channel groups allow it.
     """
-    factor = factorize_hessian(hessian, damp_frac)
     n_rows = [len(weight) for weight in weights]
     whole = all(n % scheme.weights.channel_group == 0 for n in n_rows[:-1])
+    targets = [torch.cat(weights)] if whole else weights
+    if shift is not None:
+        targets = [
+            asymmetric_target(target, hessian, shift, solver.asymmetry, solver.asymmetry_damp)
+            for target in targets
+        ]
+    factor = factorize_hessian(hessian, damp_frac)
     solved: list[QuantizedWeight] = []
-    for weight in [torch.cat(weights)] if whole else weights:
-        target = weight
-        if shift is not None:
-            target = asymmetric_target(weight, factor.hinv_chol, shift, solver.asymmetry)
+    for target in targets:
         quantized = gptq_quantize(target, factor, scheme, solver)
         if solver.descent_sweeps:
             target = target.masked_fill(factor.dead, 0.0)
