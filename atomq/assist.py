@@ -24,6 +24,7 @@ from atomq.models.loading import load_tokenizer, open_float_model
 from atomq.models.source import resolve_source
 from atomq.numerics.channels import ChannelStatistics
 from atomq.progress import silently
+from atomq.rotation_choice import settle_rotation
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,15 @@ def assist(model_name: str, recipe: Recipe, device: torch.device, calibration: C
     """
     source = resolve_source(model_name)
     windows = cut_windows(load_tokenizer(source), calibration) if recipe.needs_calibration else None
-    token_ids = None if windows is None else windows.token_ids
-    model, weights = open_float_model(source, rotation=recipe.solver.rotation)
-    routing = expert_routing(find_family(model.config.model_type), calibration)
 
     def receive() -> dict[str, torch.Tensor]:
         return distributed.tensors_from(0, {}, torch.device("cpu"))
 
     with distributed.processes(device):
+        recipe, _ = settle_rotation(source, recipe, windows, device)
+        token_ids = windows.token_ids if windows is not None and recipe.needs_calibration else None
+        model, weights = open_float_model(source, rotation=recipe.solver.rotation)
+        routing = expert_routing(find_family(model.config.model_type), calibration)
         plan = distributed.from_process(0, Plan(None, {}, None))
         scratch, statistics = plan.scratch, plan.statistics
         finished = {index: FinishedBlock(reports, receive) for index, reports in plan.finished.items()}

@@ -79,7 +79,7 @@ def calibrate_blocks(
     routing = routing or ExpertRouting()
     family = find_family(model.config.model_type)
     token_ids = distributed.own_share(token_ids)
-    inputs = _first_inputs(model, family, token_ids, device, weights, scratch)
+    inputs = first_inputs(model, family, token_ids, device, weights, scratch)
     blocks = blocks_of(model, family)
     statistics = {}
     for index, block in enumerate(blocks):
@@ -95,6 +95,18 @@ def calibrate_blocks(
         block.cpu() if weights is None else empty_parameters(block)
     on_progress(len(blocks), len(blocks), "channel statistics")
     return statistics
+
+
+def pass_float_blocks(
+    model: PreTrainedModel, inputs: BlockInputs, device: torch.device, weights: StoredWeights
+) -> None:
+    """Pass `inputs` through all blocks of `model`, a skeleton; each is filled for its turn and emptied."""
+    family = find_family(model.config.model_type)
+    for index, block in enumerate(blocks_of(model, family)):
+        prefix = f"{family.blocks}.{index}"
+        _enter(block, f"{prefix}.", device, weights)
+        inputs.run(block, prefix)
+        empty_parameters(block)
 
 
 def quantize_blocks(
@@ -146,7 +158,7 @@ def quantize_blocks(
                 "--refine learns on some windows and judges on others, in every process; "
                 f"give it at least two calibration windows, not {len(own_ids)}"
             )
-        inputs = _first_inputs(model, family, own_ids, device, weights, scratch)
+        inputs = first_inputs(model, family, own_ids, device, weights, scratch)
     reference = inputs.copy(scratch) if inputs is not None and recipe.solver.needs_reference else None
     model.set_attn_implementation(attention_for(scheme.kv, model.config))
     blocks = blocks_of(model, family)
@@ -196,7 +208,7 @@ def quantize_blocks(
     return QuantizationReport(tuple(reports), widest, warnings, clock.seconds, routing.starved)
 
 
-def _first_inputs(
+def first_inputs(
     model: PreTrainedModel,
     family: ModelFamily,
     token_ids: torch.Tensor,

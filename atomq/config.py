@@ -31,7 +31,7 @@ Metric = Literal["hessian", "abs_mean"]
 KeyPosition = Literal["before_rope", "after_rope"]
 Rotation = Literal["none", "hadamard"]
 Span = Literal["full", "half"]
-ResidualRotation = Literal["none", "fused"]
+ResidualRotation = Literal["none", "fused", "auto"]
 
 C = TypeVar("C")
 
@@ -213,7 +213,8 @@ class SolverConfig:
         refine_steps: steps of block-wise refinement after all linears are solved (`method.refine`); 0: none.
         refine_rate: its learning rate, in codes.
         rotation: "fused": the residual stream and the heads of V are rotated first, in the weights alone
-            (`models.rotation`); for a reader it is a model like any other.
+            (`models.rotation`); for a reader it is a model like any other. "auto": a run begins by measuring
+            which of the two is better (`rotation_choice`), and records that one.
     """
 
     method: Literal["gptq", "rtn"] = "gptq"
@@ -287,7 +288,7 @@ class Recipe:
     def needs_calibration(self) -> bool:
         """Whether any step looks at activations."""
         solves = self.solver.method == "gptq" and self.scheme.weights.n_bits < FLOAT_BITS
-        return solves or self.scheme.outliers.reorder
+        return solves or self.scheme.outliers.reorder or self.solver.rotation == "auto"
 
 
 @dataclass(frozen=True)

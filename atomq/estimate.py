@@ -26,12 +26,13 @@ from atomq.formats.files import write_file
 from atomq.formats.journal import Hashed
 from atomq.formats.shards import ShardTensor, shard_bytes, whole
 from atomq.memory import PeakMemory, free_bytes, held_bytes
-from atomq.models.blocks import blocks_of, bytes_between_blocks, linear_shapes
+from atomq.models.blocks import blocks_of, bytes_between_blocks, keep_first_blocks, linear_shapes
 from atomq.models.families import ModelFamily, find_family
 from atomq.models.loading import companions, load_tokenizer, open_float_model
 from atomq.models.source import ModelSource, resolve_source, source_hash
 from atomq.models.streaming import StoredWeights, tensors_to_store
 from atomq.progress import OnProgress, silently
+from atomq.rotation_choice import settle_rotation
 
 _SMALL_FILES = 80_000  # config, manifest, index, card, reports
 
@@ -46,6 +47,7 @@ class Estimate:
         gpu_bytes: largest allocation on the GPU; None on the CPU.
         disk_bytes: largest use of the disk, of which `out_bytes` stay.
         free_ram_bytes, free_gpu_bytes, free_disk_bytes: what could be taken now; None if unknown.
+        notes: what was chosen on the way, for people.
     """
 
     seconds: dict[str, float]
@@ -56,6 +58,7 @@ class Estimate:
     free_ram_bytes: int | None
     free_gpu_bytes: int | None
     free_disk_bytes: int
+    notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -97,7 +100,7 @@ def estimate(
     with PeakMemory(device) as peak:  # of the preparations too: cutting a long text may take the most
         tokenizer = load_tokenizer(source)
         windows = cut_windows(tokenizer, calibration) if recipe.needs_calibration else None
-        model, weights = open_float_model(source, rotation=recipe.solver.rotation)
+        model, weights = open_float_model(source)
         family = find_family(model.config.model_type)
         n_blocks = len(blocks_of(model, family))
         check_widths(model, family, recipe.scheme)
@@ -107,8 +110,14 @@ def estimate(
             windows.check_variety()
             n_tokens = windows.n_tokens
         _refuse_hopeless(model, family, recipe, device, n_tokens, activations)
+        settling = time.perf_counter()
+        recipe, choice = settle_rotation(source, recipe, windows, device, on_progress)
+        settled = time.perf_counter()
+        if not recipe.needs_calibration:  # the text served the choice alone
+            windows, n_tokens = None, 0
+        model, weights = open_float_model(source, rotation=recipe.solver.rotation)
         source_hash(source)
-        loading = time.perf_counter() - began
+        loading = time.perf_counter() - began - (settled - settling)
 
         outer_bytes = _bytes_outside_blocks(model, family, weights)
         place = next(folder for folder in (out.absolute().parent, *out.absolute().parents) if folder.is_dir())
@@ -127,6 +136,8 @@ def estimate(
     # Files are written while the next block is computed; only what takes longer than that is waited for.
     to_disk = probe.seconds_per_byte * (n_blocks * probe.shard_bytes + outer_bytes)
     seconds["writing"] += max(0.0, to_disk - sum(seconds.values()))
+    if choice is not None:
+        seconds["choosing a rotation"] = settled - settling
     seconds["total"] = sum(seconds.values())
     copied_bytes = sum(map(len, companions(source).values()))
     out_bytes = n_blocks * probe.shard_bytes + outer_bytes + copied_bytes + _SMALL_FILES
@@ -141,6 +152,7 @@ def estimate(
         free_ram_bytes=None if free is None else free + held_bytes(),  # what is held now a run would hold too
         free_gpu_bytes=None if device.type != "cuda" else torch.cuda.mem_get_info(device)[0],
         free_disk_bytes=shutil.disk_usage(place).free,
+        notes=() if choice is None else (choice.sentence(),),
     )
     if lacking := result.lacking():
         raise ConfigError(f"the run cannot fit: {'; '.join(lacking)}; {_ADVICE}")
@@ -175,7 +187,7 @@ class _Probe:
         """`token_ids` int64 [n_windows, seq_len], or None if the recipe needs none."""
         model, weights = open_float_model(self.source, rotation=self.recipe.solver.rotation)
         family = find_family(model.config.model_type)
-        model.set_submodule(family.blocks, nn.ModuleList(list(blocks_of(model, family))[:1]))
+        keep_first_blocks(model, family, 1)
         routing = expert_routing(family, self.calibration)
         self.phases = {}
         statistics = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from dataclasses import asdict
 from typing import Any
 
 import safetensors
@@ -15,9 +16,11 @@ from atomq import distributed
 from atomq.block_loop import QuantizationReport
 from atomq.config import CalibrationConfig, Recipe, to_dict
 from atomq.eval.windows import DEFAULT_SAMPLES, TokenWindows
+from atomq.formats.journal import CHOICE
 from atomq.memory import PeakMemory
 from atomq.models.source import ModelSource
 from atomq.numerics.channels import ChannelStatistics
+from atomq.rotation_choice import RotationChoice
 
 
 def window_facts(windows: TokenWindows, calibration: CalibrationConfig) -> dict[str, Any]:
@@ -73,8 +76,11 @@ def job_facts(
     recipe: Recipe,
     calibration: dict[str, Any] | None,
     device: torch.device,
+    choice: RotationChoice | None = None,
 ) -> dict[str, Any]:
-    """All that the bytes of a checkpoint depend on; a run goes on only where all of it is the same."""
+    """All that the bytes of a checkpoint depend on, and the `choice` of `--rotate auto`, whose outcome the
+    recipe has; a run goes on only where all of it is the same.
+    """
     return {
         "source": {"name": source.name, "kind": source.kind, "sha256": model_hash},
         "recipe": to_dict(recipe),
@@ -87,6 +93,7 @@ def job_facts(
             "transformers": transformers.__version__,
             "safetensors": safetensors.__version__,
         },
+        **({} if choice is None else {CHOICE: asdict(choice)}),
     }
 
 

@@ -47,6 +47,7 @@ from atomq.models.streaming import StoredWeights, tensors_to_store
 from atomq.numerics.channels import ChannelStatistics
 from atomq.progress import OnProgress, silently
 from atomq.report.files import write_report
+from atomq.rotation_choice import settle_rotation
 
 STARVED = "starved_experts"  # in the facts of records and artefacts
 
@@ -166,8 +167,9 @@ def quantize(
             f"leave --calibration away, or set outliers.reorder=true"
         )
     if calibration_file is not None and recipe.solver.rotation != "none":
+        verb = "may rotate" if recipe.solver.rotation == "auto" else "rotates"
         raise ConfigError(
-            f"{calibration_file.name} has the channels of the model as it is, and this recipe rotates it "
+            f"{calibration_file.name} has the channels of the model as it is, and this recipe {verb} it "
             f"first; leave --calibration away, or give --rotate none"
         )
     calibration = calibration or CalibrationConfig()
@@ -181,6 +183,10 @@ def quantize(
     ):
         tokenizer = load_tokenizer(source)  # needed in the checkpoint, whatever the recipe
         windows = cut_windows(tokenizer, calibration) if recipe.needs_calibration else None
+        settling = time.perf_counter()
+        recipe, choice = settle_rotation(source, recipe, windows, place, on_progress, writer.earlier_job())
+        settled = time.perf_counter()
+        windows = windows if recipe.needs_calibration else None
         model, weights = open_float_model(source, rotation=recipe.solver.rotation)
         if windows is not None:
             windows.check_vocabulary(model.config.vocab_size)
@@ -195,7 +201,7 @@ def quantize(
             statistics = read_calibration(calibration_file, key)
             _check_statistics(calibration_file, statistics, family, shapes)
         facts_of_text = None if windows is None else window_facts(windows, calibration)
-        job = job_facts(source, model_hash, recipe, facts_of_text, place)
+        job = job_facts(source, model_hash, recipe, facts_of_text, place, choice)
         writer.begin(job, n_shards=model.config.num_hidden_layers + 1)
         routing = expert_routing(family, calibration)
         if writer.facts_of(1) is None:
@@ -254,7 +260,8 @@ def quantize(
         warnings = [*token_warnings(windows, report, recipe, calibration), *report.warnings]
         writer.write_manifest(manifest_facts(job, recipe, report, warnings, statistics))
         seconds = {
-            "loading": loaded - started,
+            "loading": loaded - started - (settled - settling),
+            **({} if choice is None else {"choosing a rotation": settled - settling}),
             "statistics": gathered - loaded,
             **report.seconds,
             "total": time.perf_counter() - started,
@@ -267,6 +274,7 @@ def quantize(
             "size_bytes": writer.total_size,
             "linear_bytes": code_bytes(recipe.scheme, shapes),
             "mean_relative_error": mean_error(report),
+            "notes": [] if choice is None else [choice.sentence()],
             "warnings": warnings,
             "seconds": seconds,
         }

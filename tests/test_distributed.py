@@ -52,6 +52,7 @@ ATOM = Recipe(
 )
 SEQUENTIAL = dataclasses.replace(ATOM, solver=SolverConfig(calibration="sequential"))
 ROTATED = dataclasses.replace(ATOM, solver=SolverConfig(rotation="fused"))
+AUTO = dataclasses.replace(ATOM, solver=SolverConfig(rotation="auto"))
 LEVERS = dataclasses.replace(
     ATOM,
     scheme=dataclasses.replace(ATOM.scheme, kv=KVScheme(n_bits=4, rotation="hadamard", key_offset=True)),
@@ -235,7 +236,8 @@ def checkpoint_of(source, out, n_shards: int | None = None, recipe: Recipe = ATO
 
 
 @pytest.mark.parametrize(
-    ("kind", "recipe"), [("llama", ATOM), ("qwen3_moe-dense-first", ATOM), ("qwen2", ROTATED)]
+    ("kind", "recipe"),
+    [("llama", ATOM), ("qwen3_moe-dense-first", ATOM), ("qwen2", ROTATED), ("phi3", AUTO)],
 )
 def test_two_processes_write_the_checkpoint_of_one(kind, recipe, tmp_path):
     source = source_of(kind, tmp_path)

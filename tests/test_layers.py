@@ -69,16 +69,17 @@ LAW = {
     "formats": {"numerics", "models.families"},
     "runtime": {"numerics", "kernels", "models"},
     "eval": {"numerics", "kernels", "models", "formats", "runtime"},
+    "rotation_choice": {"block_loop", "eval", "formats", "models"},
     "block_quantizer": {"method", "models", "numerics"},
     "block_loop": {"block_quantizer", "method", "models", "numerics"},
     "report": {"formats", "numerics"},
     "memory": set(),
     "background": set(),
-    "estimate": {"assist", "block_loop", "formats", "memory", "models"},
+    "estimate": {"assist", "block_loop", "formats", "memory", "models", "rotation_choice"},
     "ladder": set(),
     "ablation": {"assist", "block_loop", "eval", "facts", "formats", "hf", "ladder", "models", "pipeline"},
-    "facts": {"memory", "block_loop", "eval", "models", "numerics"},
-    "assist": {"block_loop", "block_quantizer", "models", "eval", "numerics"},
+    "facts": {"memory", "block_loop", "eval", "formats", "models", "numerics", "rotation_choice"},
+    "assist": {"block_loop", "block_quantizer", "models", "eval", "numerics", "rotation_choice"},
     "pipeline": {
         *(
             "assist",
@@ -87,6 +88,7 @@ LAW = {
             "memory",
             "block_loop",
             "block_quantizer",
+            "rotation_choice",
             "models",
             "formats",
             "eval",
@@ -128,7 +130,7 @@ LIBRARIES = {
         ALWAYS,
     )
     | {"checkpoints": ALWAYS, "block_quantizer": ALWAYS, "export": ALWAYS, "integrations": ALWAYS}
-    | {"report.facts": ALWAYS, "distributed": ALWAYS, "assist": ALWAYS}
+    | {"report.facts": ALWAYS, "distributed": ALWAYS, "assist": ALWAYS, "rotation_choice": ALWAYS}
     | {"environment": LAZILY, "runtime": ALWAYS, "ablation": ALWAYS}
     | {"api": ALWAYS}
     | {"commands": LAZILY},

@@ -75,6 +75,12 @@ def warn(sentences: list[str]) -> None:
         err.print(f"[yellow]warning:[/] {escape(sentence)}", highlight=False, soft_wrap=True)
 
 
+def note(sentences: list[str]) -> None:
+    """What is worth knowing and nothing to worry about."""
+    for sentence in sentences:
+        err.print(f"[dim]note:[/] {escape(sentence)}", highlight=False, soft_wrap=True)
+
+
 def silence_libraries() -> None:
     """Keep transformers' own progress bars off stderr, where ours are shown."""
     from transformers.utils import logging

@@ -45,7 +45,10 @@ def command(
     ] = False,
     rotate: Annotated[
         str | None,
-        typer.Option(help="Rotate the model in its weights first: none or fused. Default: the preset's."),
+        typer.Option(
+            help="Rotate the model in its weights first: none, fused, or auto, which measures what a few "
+            "blocks lose either way. Default: the preset's."
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -113,6 +116,7 @@ def command(
     if dry_run:
         with console.progress("dry run") as on_progress:
             found = estimate.estimate(model, out, recipe, place, on_progress, config, activations)
+        console.note(list(found.notes))
         console.print_json(found.to_dict()) if json_output else _print_estimate(found)
         return
     if not distributed.is_first():
@@ -138,6 +142,7 @@ def command(
             activations,
         )
     path, summary = result.path, result.summary
+    console.note(summary["notes"])
     console.warn(summary["warnings"])
     proof = None if arithmetic is None else checking.prove_and_report(path, place, arithmetic)
     if format_name is not None and exported is not None and not (proof and proof.failed):

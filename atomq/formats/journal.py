@@ -17,6 +17,7 @@ from atomq.formats.files import file_sha256, write_json
 
 JOB = "job.json"
 STATISTICS = "statistics.safetensors"
+CHOICE = "rotation_choice"  # of a job: what `--rotate auto` took, and by which figures
 _STATISTICS_NUMBER = 0  # of their record; shards are numbered from 1
 _OWN_HASH = "sha256_of_this_record"
 

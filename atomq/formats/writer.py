@@ -86,6 +86,10 @@ class CheckpointWriter:
     ) -> None:
         self._leave(useless=isinstance(error, UnsupportedModelError))
 
+    def earlier_job(self) -> dict[str, Any] | None:
+        """The job of the unfinished run that `begin` would go on with, if it is the same one."""
+        return None if self._restart else journal.read_job(self.progress)
+
     def begin(self, job: Mapping[str, Any], n_shards: int) -> None:
         """Start the job, or go on with it where an earlier process ended.
 
@@ -96,7 +100,7 @@ class CheckpointWriter:
             ConfigError: an unfinished run for `out` had another job, and no restart was asked for.
         """
         self.n_shards = n_shards
-        found = None if self._restart else journal.read_job(self.progress)
+        found = self.earlier_job()
         if found is not None:
             journal.check_job(found, job, self.out)
             self._records = journal.finished_shards(self.progress, self.folder, n_shards)
@@ -197,8 +201,10 @@ class CheckpointWriter:
 
         What is outside the blocks is written so fast that it alone is not worth keeping.
         """
+        chosen = journal.CHOICE in (journal.read_job(self.progress) or ())
         records, first = self.progress.glob("shard-*"), journal.record_name(1)
-        kept = not useless and self.folder.exists() and any(path.name != first for path in records)
+        worthy = chosen or any(path.name != first for path in records)
+        kept = not useless and self.folder.exists() and worthy
         try:
             if self._lock >= 0 and not kept:
                 with contextlib.suppress(StorageError):

@@ -116,6 +116,11 @@ def blocks_of(model: PreTrainedModel, family: ModelFamily) -> nn.ModuleList:
     return blocks
 
 
+def keep_first_blocks(model: PreTrainedModel, family: ModelFamily, n_blocks: int) -> None:
+    """Let `model` end after its first `n_blocks` blocks, or after all if it has fewer."""
+    model.set_submodule(family.blocks, nn.ModuleList(list(blocks_of(model, family))[:n_blocks]))
+
+
 def block_stages(block: nn.Module, family: ModelFamily) -> tuple[tuple[LinearGroup, ...], ...]:
     """The linear groups that `block` has, in the order of computation; those of all experts make one stage.
 

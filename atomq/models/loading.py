@@ -87,7 +87,7 @@ def open_float_model(
         storage_dtype: float16, bfloat16 or float32; None takes the dtype of the source's embeddings, and
             float16 for GGUF.
         rotation: "fused": the same model with its residual stream rotated (`models.rotation`); its head is
-            not tied to the embeddings.
+            not tied to the embeddings; never "auto", which is settled before.
 
     Returns:
         A model whose parameters are on the meta device, whose buffers are on the CPU, whose `config.dtype` is
@@ -98,6 +98,7 @@ def open_float_model(
             weights are read, one that is not finite or too large for the storage dtype; the message names it.
         ConfigError: the storage dtype is none of the three, or the family cannot be rotated.
     """
+    assert rotation != "auto"
     config = load_config(source)
     family = find_family(config.model_type)
     stored = _stored_tensors(source, config)

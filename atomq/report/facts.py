@@ -25,6 +25,7 @@ from atomq.formats.checkpoint import (
     read_tensors,
     tensor_headers,
 )
+from atomq.formats.journal import CHOICE
 from atomq.formats.schema import parse_quantization_config
 from atomq.numerics.linear import TensorSpec
 from atomq.presets import stored_recipe_name
@@ -143,6 +144,7 @@ def gather(folder: Path) -> Report:
     order = {kind: i for i, kind in enumerate(name for group in family.groups for name in group.linears)}
     linears = _linears(headers, run, manifest, order)
     about = {name: manifest[name] for name in ("recipe", "source", "calibration", "versions")}
+    about |= {name: manifest[name] for name in (CHOICE,) if name in manifest}
     return Report(
         summary=_summary(scheme, headers, run, manifest),
         warnings=[*map(str, manifest["warnings"]), *unreadable],
