@@ -5,8 +5,8 @@
 //   operands as there; rows and their length whole multiples of 16 bytes, n_channels - n_outliers a multiple of 128
 //
 // A CTA copies one token's row to shared memory and makes its slots from there, eight a warp at a time, four lanes a slot.
-// The transform exchanges channels between lanes (act_exchange.cuh). Indices are read where they are used, after
-// the row has come: they lie in the L1 cache, and registers that wait with them cost 8 % (docs/LOG.md, 2026-11-28).
+// The transform exchanges channels between lanes (act_exchange.cuh). A warp's first indices come with the row, in
+// registers: fetched after it, they cost 4-5 % (docs/LOG.md, 2026-11-28).
 //
 //   launch: grid (Mp, parts of a row), block up to 256, whole warps. Dynamic shared memory: bytes of a row + 16
 //
@@ -30,11 +30,25 @@
 
 namespace {
 
-__device__ __forceinline__ void gather(const Problem& p, const Place& place, const ELEMENT* row, Values& values) {
+using Indices = uint4[4];  // of a lane's channels: eight 16-bit ones for each run
+
+// Volatile, or the compiler would move the loads to where their values are used.
+__device__ __forceinline__ void read_indices(const Problem& p, const Place& place, Indices& indices) {
 #pragma unroll
     for (int run = 0; run < 4; ++run) {
-        const int first = place.slot_number(p) * SLOT_CHANNELS + exchange::before(place, run >> 1, run & 1);
-        const uint4 words = __ldg(reinterpret_cast<const uint4*>(p.slots + first));
+        const unsigned short* first =
+            p.slots + place.slot_number(p) * SLOT_CHANNELS + exchange::before(place, run >> 1, run & 1);
+        uint4& words = indices[run];
+        asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+                     : "l"(first));
+    }
+}
+
+__device__ __forceinline__ void gather(const Indices& indices, const ELEMENT* row, Values& values) {
+#pragma unroll
+    for (int run = 0; run < 4; ++run) {
+        const uint4& words = indices[run];
         const unsigned pairs[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
@@ -82,6 +96,8 @@ quantize_gathered(const ELEMENT* __restrict__ input, const unsigned short* __res
         copy_async(row + channel, source + channel);
     }
     copy_commit();
+    Indices indices;
+    read_indices(p, place, indices);
     if (threadIdx.x == 0) {
         row[p.n_channels] = static_cast<ELEMENT>(0.0f);
         if (p.n_outlier_slots == 0 && blockIdx.y == 0) token_scales[p.n_slots * p.padded_tokens + token] = 0.0f;
@@ -91,11 +107,12 @@ quantize_gathered(const ELEMENT* __restrict__ input, const unsigned short* __res
     // All warps go round equally often, so the compiler knows that their lanes are together.
     while (true) {
         Values values;
-        gather(p, place, row, values);
+        gather(indices, row, values);
         exchange::transform(place, values);
         store(p, place, token, values);
         first_octet += gridDim.y * n_warps;
         if (first_octet >= p.n_octets) break;
         place = Place(p, first_octet + threadIdx.x / 32);
+        read_indices(p, place, indices);
     }
 }
