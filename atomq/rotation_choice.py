@@ -32,9 +32,9 @@ from atomq.units import percent
 
 N_BLOCKS = 2  # that are quantized both ways
 SHARE = 4  # one window in so many is quantized on, and at most one in so many judges
-TOKENS_PER_CHANNEL = 2  # of the widest linear, that are quantized on where there are so many
+TOKENS_PER_CHANNEL = 8  # of the widest linear, that are quantized on where there are so many
 MOST_JUDGES = 1 << 13  # tokens
-WORTH = 0.97  # of the error without a rotation; one that gains less is not worth a head of its own
+WORTH = 0.99  # of the error without a rotation; one that gains less is not worth a head of its own
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ def _choose(
     none = error("none")
     on_progress(1, 2, "a few blocks rotated")
     fused = error("fused")
-    on_progress(2, 2, "rotation chosen")
     chosen: ResidualRotation = "fused" if fused < WORTH * none else "none"
+    on_progress(2, 2, f"rotation {chosen} chosen")
     n_blocks = min(N_BLOCKS, model.config.num_hidden_layers)
     return RotationChoice(chosen, none, fused, n_blocks, judged.numel(), windows.data_hash)
 

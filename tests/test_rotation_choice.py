@@ -93,12 +93,33 @@ def test_the_figures_are_those_of_models_quantized_on_other_windows(recipe, tmp_
     _, choice = settle_rotation(source, recipe, windows, CPU)
     judged = windows.token_ids[-2:]
     for rotation, figure in (("none", choice.error_none), ("fused", choice.error_fused)):
-        model = quantized_model(source, with_rotation(recipe, rotation), windows.token_ids[:5])
+        model = quantized_model(source, with_rotation(recipe, rotation), windows.token_ids[:6])
         expected = last_stream(float_model(source, rotation), judged)
         errors = (last_stream(model, judged) - expected).norm(dim=1) / expected.norm(dim=1)
         assert figure == pytest.approx(float((errors**2).clamp(max=1).mean()), rel=1e-4)
     assert (choice.n_blocks, choice.n_tokens) == (2, 64)
     assert choice.tokens_sha256 == windows.data_hash
+
+
+@pytest.mark.parametrize(
+    ("n_windows", "seq_len", "n_processes", "n_learned", "n_judged"),
+    [
+        (128, 2048, 1, 32, 4),  # a quarter; 8192 tokens
+        (64, 512, 1, 24, 16),  # eight tokens a channel; a quarter
+        (16, 512, 1, 12, 4),  # all others; a quarter
+        (2, 512, 1, 1, 1),
+        (16, 512, 6, 10, 6),  # one in every process
+    ],
+)
+def test_some_windows_are_quantized_on_and_others_judge(
+    n_windows, seq_len, n_processes, n_learned, n_judged, monkeypatch
+):
+    monkeypatch.setattr(rotation_choice.distributed, "n_processes", lambda: n_processes)
+    token_ids = torch.arange(n_windows)[:, None].expand(n_windows, seq_len)
+    windows = TokenWindows("text", "", "plain", token_ids)
+    learned, judged = rotation_choice._split(windows, widest=1536, refined=False)
+    assert learned[:, 0].tolist() == list(range(n_learned))
+    assert judged[:, 0].tolist() == list(range(n_windows - n_judged, n_windows))
 
 
 def test_later_blocks_and_the_head_are_never_read(tmp_path, monkeypatch):
