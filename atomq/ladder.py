@@ -54,6 +54,7 @@ _FP16_OUTLIERS = {"outliers.n_outliers": 128, "outliers.reorder": True, "outlier
 _GROUPS = {"weights.group_size": 128, "weights.channel_group": 2, "activations.group_size": 128}
 _CLIPPING = {"solver.clip_ratio": 0.85, "solver.scale_span": "half", "activations.clip_ratio": 0.9}
 _CLIP_SEARCH = {"solver.clip_search": "hessian", "solver.clip_ratio": 1.0, "solver.scale_span": "full"}
+_ASYMMETRY = {"solver.asymmetry": 0.5, "solver.asymmetry_damp": 1.0}
 _PROGRESSIVE = {
     "weights.scale_mode": "progressive",
     "weights.channel_group": 1,
@@ -71,7 +72,7 @@ LADDER: tuple[Rung, ...] = (
     Rung("hadamard", "atom KV16 + group Hadamard", "gptq", {"transform": "hadamard"}),
     Rung("clip-search", "+ Hessian clip search", "hadamard", _CLIP_SEARCH),
     Rung("descent", "+ coordinate descent", "clip-search", {"solver.descent_sweeps": 4}),
-    Rung("asymmetry", "+ asymmetry = atomq KV16", "descent", {"solver.asymmetry": 0.5}),
+    Rung("asymmetry", "+ asymmetry = atomq KV16", "descent", _ASYMMETRY),
     Rung("plain-kv4", "+ KV4", "asymmetry", {"kv.n_bits": 4}),
     Rung("kv-hadamard", "+ Hadamard on K and V", "plain-kv4", {"kv.rotation": "hadamard"}),
     Rung("key-offset", "+ offset of K = atomq", "kv-hadamard", {"kv.key_offset": True}),

@@ -26,7 +26,9 @@ REFINE_STEPS = 200  # what `--refine` sets
 # What `atom` stores and computes with; the presets of atomq differ in how it is found, and in transforms.
 _OUTLIERS = OutlierScheme(n_outliers=128, precision="int8", metric="hessian", reorder=True)
 _KV4 = KVScheme(n_bits=4, rotation="hadamard", key_offset=True)
-_SOLVER = SolverConfig(method="gptq", clip_search="hessian", descent_sweeps=4, asymmetry=0.5)
+_SOLVER = SolverConfig(
+    method="gptq", clip_search="hessian", descent_sweeps=4, asymmetry=0.5, asymmetry_damp=1.0
+)
 
 
 PRESETS: dict[str, Recipe] = {
@@ -83,7 +85,15 @@ PRESETS: dict[str, Recipe] = {
             WeightScheme(n_bits=4, group_size=128),
             ActivationScheme(n_bits=4, group_size=128, scale_span="half"),
         ),
-        SolverConfig(method="gptq", clip_search="hessian", calibration="sequential", rotation="fused"),
+        SolverConfig(
+            method="gptq",
+            clip_search="hessian",
+            calibration="sequential",
+            rotation="fused",
+            descent_sweeps=4,
+            asymmetry=1.0,
+            asymmetry_damp=1.0,
+        ),
     ),
     # Weights only and without outliers, as GPTQ and compressed-tensors files hold them.
     "w4a16": Recipe(
@@ -91,6 +101,7 @@ PRESETS: dict[str, Recipe] = {
         SolverConfig(
             method="gptq",
             clip_search="hessian",
+            damp_frac=0.1,
             calibration="sequential",
             descent_sweeps=4,
             asymmetry=1.0,
