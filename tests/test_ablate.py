@@ -44,7 +44,7 @@ STEPS = {
         {"solver.clip_search": "hessian", "solver.clip_ratio": 1.0, "solver.scale_span": "full"},
     ),
     "descent": ("clip-search", {"solver.descent_sweeps": 4}),
-    "asymmetry": ("descent", {"solver.asymmetry": 0.5}),
+    "asymmetry": ("descent", {"solver.asymmetry": 0.5, "solver.asymmetry_damp": 1.0}),
     "plain-kv4": ("asymmetry", {"kv.n_bits": 4}),
     "kv-hadamard": ("plain-kv4", {"kv.rotation": "hadamard"}),
     "key-offset": ("kv-hadamard", {"kv.key_offset": True}),
