@@ -46,8 +46,8 @@ def command(
     rotate: Annotated[
         str | None,
         typer.Option(
-            help="Rotate the model in its weights first: none, fused, or auto, which measures what a few "
-            "blocks lose either way. Default: the preset's."
+            help="Rotate the model in its weights: none, fused, or auto (tries a few blocks). Default: the "
+            "preset's."
         ),
     ] = None,
     settings: Annotated[
