@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "method.md")
 RESULTS = "benchmarks/results"
-ACCURACY = "2026-11-27-h100-accuracy-smollm2.json"
+ACCURACY = "2026-11-28-h100-presets-smollm2.json"
 LADDER = "2026-11-28-h100-ladder-smollm2.json"
 GEMM = "2026-11-22-h100-gemm.json"
 GEMM_SHAPE = (28672, 8192)
@@ -42,7 +42,13 @@ def accuracy() -> str:
     """Perplexities of the presets on the text that was calibrated for, and on another."""
     found = record(ACCURACY)
     rows = {row["name"]: row for row in found["rows"]}
-    columns = {"`atom` W4A4KV4": "atom", "**`atomq`** W4A4KV4": "atomq", "`w4a16-int8`": "w4a16-int8"}
+    columns = {
+        "`atom` W4A4KV4": "atom",
+        "**`atomq`** W4A4KV4": "atomq",
+        "`atomq --refine`": "atomq --refine",
+        "`w4a16`": "w4a16",
+        "`w4a16-int8`": "w4a16-int8",
+    }
     head = ["", "unquantized", *columns]
     lines = [head, ["---"] * len(head)]
     texts = {
