@@ -89,6 +89,14 @@ struct Ring {
     }
 };
 
+// A warp gives a stage back, when what it read there has come: an arrival does not wait for reads that are on their way,
+// and the copy engine may overtake them (docs/LOG.md, 2026-11-28: the scales of the slot N_STAGES later).
+__device__ __forceinline__ void release_stage(unsigned empty) {
+    asm volatile("fence.acq_rel.cta;" ::: "memory");
+    __syncwarp();
+    barrier_arrive_if(threadIdx.x % 32 == 0, empty);
+}
+
 // Joins the pieces of a split tile in float32, in a fixed order: the CTA with the tile's last slot adds up the others'
 // pieces, which they leave in `partials`, and its own. True for that CTA: it holds the whole sum then. It waits only
 // for CTAs that have begun, since a launch has no more CTAs than run at a time, and those wait for nobody before.

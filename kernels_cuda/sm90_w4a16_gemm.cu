@@ -169,8 +169,7 @@ extern "C" __global__ void __launch_bounds__(128 * N_WARPGROUPS + 32, 1)
                 barrier_wait(full + 8 * ring.stage, ring.parity);
                 const unsigned char *stage = shared + ring.stage * STAGE_BYTES;
                 run_slot(stage, stage + TILE_BYTES + warpgroup * Weights::bytes, thread, total);
-                __syncwarp();
-                barrier_arrive_if(thread % 32 == 0, empty + 8 * ring.stage);
+                release_stage(empty + 8 * ring.stage);
             }
             if (work.end - work.begin == p.n_slots + p.n_outlier_slots ||
                 join_pieces(p, work, partials, counters, total))

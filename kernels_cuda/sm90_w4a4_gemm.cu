@@ -129,8 +129,7 @@ struct Consumer {
         return shared + ring.stage * STAGE_BYTES;
     }
     __device__ void release() {
-        __syncwarp();
-        barrier_arrive_if(threadIdx.x % 32 == 0, empty + 8 * ring.stage);
+        release_stage(empty + 8 * ring.stage);
         ring.advance();
     }
 };

@@ -61,6 +61,12 @@ def move(operand, device):
     return dataclasses.replace(operand, **tensors)
 
 
+def misaligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, one element after a multiple of 16 bytes."""
+    room = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
+    return room[1:].view(tensor.shape).copy_(tensor)
+
+
 def make_inputs(
     n_tokens,
     weight: CanonicalWeight,

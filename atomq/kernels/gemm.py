@@ -14,7 +14,6 @@ from atomq.errors import KernelError
 from atomq.kernels.gemm_schedule import problem as portable_problem, schedule
 from atomq.kernels.gemm_tiles import (
     OUT_DTYPES,
-    W4A16_FEW_TOKENS,
     Engine,
     Tile,
     choose_tile,
@@ -107,14 +106,14 @@ def w4a16_gemm(
     """Multiply float16 or bfloat16 activations with a quantized linear: [M, N] of `out_dtype` (None: as `x`).
 
     Weights are exact in 16 bits, products and sums float32, scales are applied to a group's sum. Made for
-    decoding and small batches: every 32 tokens read the weights once more. Hopper only.
+    decoding and small batches: every 64 tokens read the weights once more. Hopper only.
 
     Args:
         x: [M, K] in the weight's input order, contiguous, 16-byte aligned, K = the weight's INT4 inputs, a
             multiple of 8.
         weight: from `repack_weight`, exact scales and no outliers.
         out_dtype, out: as in `w4a4_gemm`.
-        tile: for tuning; row_blocks must be 1.
+        tile: for tuning; row_blocks and k_teams must be 1.
 
     Raises:
         KernelError: operands that do not fit each other, or a device that is not sm_90.
@@ -141,31 +140,52 @@ def w4a16_gemm(
         _check_out(kernel_name, out, out_dtype, shape, device)
     if out.numel() == 0:
         return out
-    tile = tile or choose_w4a16_tile(shape[0])
+    n_panels, n_slots, _ = weight.records.shape
+    tile = tile or choose_w4a16_tile(shape[0], n_panels * n_slots)
     defines = sm90_w4a16_defines(tile, weight.group_size, weight.scale_bytes, x.dtype, out_dtype)
-    is_small = tile.tokens <= W4A16_FEW_TOKENS
-    kernel = compile_kernel("sm90_w4a16_gemm" if is_small else "sm90_w4a16_batch_gemm", **defines)
-    n_ctas, partials, counters, problem = schedule(shape[0], shape[0], weight, tile)
-    arguments: tuple[Argument, ...] = (
-        weight.records,
-        weight.channel_scales,
-        x,
-        out,
-        partials,
-        counters,
-        n_inputs,
-        problem,
-    )
+    if tile.mma_sync:
+        n_ctas, partials, counters, problem = schedule(shape[0], shape[0], weight, tile)
+        launch(
+            compile_kernel("sm90_w4a16_gemm", **defines),
+            (n_ctas,),
+            (128 * tile.n_warpgroups + 32,),
+            (weight.records, weight.channel_scales, x, out, partials, counters, n_inputs, problem),
+            device=device,
+            shared_bytes=defines["SHARED_BYTES"],
+        )
+        return out
+    tokens = pack_tokens(x)
+    n_ctas, partials, counters, problem = schedule(shape[0], tokens.shape[1], weight, tile)
     launch(
-        kernel,
+        compile_kernel("sm90_w4a16_batch_gemm", **defines),
         (n_ctas,),
-        (128 * tile.n_warpgroups + (32 if is_small else 128),),
-        arguments,
+        (128 * (tile.n_warpgroups + 1),),
+        (weight.records, weight.channel_scales, tokens, out, partials, counters, problem),
         device=device,
         shared_bytes=defines["SHARED_BYTES"],
-        overlaps=not is_small,
+        overlaps=True,
     )
     return out
+
+
+def pack_tokens(x: torch.Tensor) -> torch.Tensor:
+    """`x` [M, K] of 16 bits, checked, as `sm90_w4a16_batch_gemm.cu` reads it: [2 * slots, Mp, 64].
+
+    `pack_tokens.cu` has the layout; M is rounded up to 8.
+    """
+    n_tokens, n_inputs = x.shape
+    n_slots, n_rows = -(-n_inputs // SLOT_INPUTS), -(-n_tokens // 8) * 8
+    packed = torch.empty((2 * n_slots, n_rows, SLOT_INPUTS // 2), dtype=x.dtype, device=x.device)
+    n_pieces = n_slots * SLOT_INPUTS // 16
+    launch(
+        compile_kernel("pack_tokens"),
+        (-(-n_pieces // 256), n_rows),
+        (256,),
+        (x, packed, n_tokens, n_inputs, n_slots),
+        device=x.device,
+        overlaps=True,
+    )
+    return packed
 
 
 def default_engine(

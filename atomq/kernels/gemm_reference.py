@@ -53,6 +53,18 @@ def w4a16_gemm(x: torch.Tensor, weight: PackedWeight, out_dtype: torch.dtype | N
     return w4a16_oracle(x, weight, torch.float32).to(out_dtype or x.dtype)
 
 
+def pack_tokens(x: torch.Tensor) -> torch.Tensor:
+    """Twin of `atomq.kernels.gemm.pack_tokens`."""
+    n_tokens, n_inputs = x.shape
+    n_slots, n_rows = -(-n_inputs // SLOT_INPUTS), -(-n_tokens // 8) * 8
+    padded = x.new_zeros(n_rows, n_slots * SLOT_INPUTS)
+    padded[:n_tokens, :n_inputs] = x
+    pieces = padded.view(n_rows, 2 * n_slots, 4, 8, 2)  # of 16 inputs: eight even ones, eight odd ones
+    chunks = pieces.transpose(3, 4).reshape(n_rows, 2 * n_slots, 8, 8).transpose(0, 1)
+    swizzled = torch.arange(8) ^ torch.arange(n_rows)[:, None] & 7  # its own inverse
+    return chunks[:, torch.arange(n_rows)[:, None], swizzled].reshape(2 * n_slots, n_rows, SLOT_INPUTS // 2)
+
+
 def w4a16_oracle(x: torch.Tensor, weight: PackedWeight, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """The exact result [M, N]: everything in `dtype`, float64 unless asked."""
     codes, scales, _ = unpack_weight(weight)

@@ -12,9 +12,6 @@ from atomq.kernels.repack import PANEL_ROWS, SLOT_INPUTS, record_bytes
 
 OUT_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _STORE_PITCH = PANEL_ROWS * 2 + 16
-W4A16_FEW_TOKENS = 32  # up to them mma.sync reads tokens as they lie
-_STAGERS = 96  # threads of sm90_w4a16_batch_gemm.cu that lay out tokens
-_N_AHEAD = 3  # slots of tokens on their way to them
 MANY_RECORDS = 16384  # of 64 channels x 128 inputs: 28672 x 8192 has 29120
 FEW_RECORDS = 5000  # 4096 x 4096 has 2112
 LARGE_TILES = (160, 192, 256)  # tokens; what is stored at a time, 32 of them, divides each
@@ -35,7 +32,7 @@ class Tile:
     """One instantiation of the Hopper kernel: 64 * n_warpgroups * row_blocks channels x tokens.
 
     `k_teams` sets of `n_warpgroups` warpgroups take slots of K in turns; `ctas_per_sm` CTAs fit on an SM, so
-    that one launch begins while another ends.
+    that one launch begins while another ends. `mma_sync`: W4A16 by `sm90_w4a16_gemm.cu`, not by wgmma.
     """
 
     tokens: int
@@ -45,6 +42,7 @@ class Tile:
     consumer_registers: int
     k_teams: int = 1
     ctas_per_sm: int = 1
+    mma_sync: bool = False
 
     @property
     def shared_bytes(self) -> int:
@@ -109,14 +107,24 @@ def choose_tile(
     return Tile(tokens, math.gcd(chunk, tokens), n_warpgroups=2, row_blocks=1, consumer_registers=232)
 
 
-W4A16_LARGE_TILE = Tile(64, 64, n_warpgroups=3, row_blocks=1, consumer_registers=0)
-"""Of `sm90_w4a16_batch_gemm.cu`; never chosen: two of its results were wrong (docs/LOG.md, 2026-11-28)."""
+def choose_w4a16_tile(n_tokens: int, n_records: int = MANY_RECORDS) -> Tile:
+    """The W4A16 tile for a number of tokens and a weight of `n_records` (panels x slots).
 
-
-def choose_w4a16_tile(n_tokens: int) -> Tile:
-    """The W4A16 tile for a number of tokens: above 8, more warps share the conversion of codes."""
-    tokens = min(W4A16_FEW_TOKENS, max(8, 1 << (n_tokens - 1).bit_length()))
-    return Tile(tokens, tokens, n_warpgroups=2 if tokens == 8 else 4, row_blocks=1, consumer_registers=0)
+    mma.sync reads tokens as they lie; for wgmma they are packed first, which pays from 17 tokens on, on large
+    weights from 9.
+    """
+    is_large = n_records >= MANY_RECORDS
+    if n_tokens <= 8:
+        return Tile(8, 8, n_warpgroups=2, row_blocks=1, consumer_registers=0, mma_sync=True)
+    if n_tokens <= 16:
+        if is_large:
+            return Tile(16, 16, n_warpgroups=3, row_blocks=1, consumer_registers=0)
+        return Tile(16, 16, n_warpgroups=4, row_blocks=1, consumer_registers=0, mma_sync=True)
+    if n_tokens <= 32:
+        return Tile(32, 32, n_warpgroups=4, row_blocks=1, consumer_registers=0)
+    if is_large:
+        return Tile(64, 64, n_warpgroups=3, row_blocks=1, consumer_registers=152)
+    return Tile(64, 64, n_warpgroups=2, row_blocks=1, consumer_registers=0)
 
 
 def sm90_defines(
@@ -151,20 +159,15 @@ def sm90_defines(
 def sm90_w4a16_defines(
     tile: Tile, group_size: int, scale_bytes: int, in_dtype: torch.dtype, out_dtype: torch.dtype
 ) -> dict[str, int]:
-    """The parameters of a W4A16 kernel for a tile, with as many stages as fit into shared memory.
-
-    `sm90_w4a16_gemm.cu` takes tiles of up to 32 tokens, `sm90_w4a16_batch_gemm.cu` larger ones.
-    """
+    """The parameters of a W4A16 kernel for a tile, with as many stages as fit into shared memory."""
     fixed = 1024 + tile.n_warpgroups * min(32, tile.tokens) * _STORE_PITCH
-    stage = tile.panels * record_bytes(group_size, scale_bytes)
-    ahead = {}
-    if tile.tokens <= W4A16_FEW_TOKENS:
-        stage += tile.tokens * (2 * SLOT_INPUTS + 32)
+    stage = tile.panels * record_bytes(group_size, scale_bytes) + tile.tokens * 2 * SLOT_INPUTS
+    registers = {}
+    if tile.mma_sync:
+        stage += tile.tokens * 32
     else:
-        stage = -(-(stage + tile.tokens * 2 * SLOT_INPUTS) // 1024) * 1024
-        share = -(-tile.tokens * SLOT_INPUTS // 16 // _STAGERS) * 32  # bytes of a slot that a thread lays out
-        fixed += _N_AHEAD * _STAGERS * share
-        ahead = {"N_AHEAD": _N_AHEAD, "CTAS_PER_SM": tile.ctas_per_sm}
+        stage = -(-stage // 1024) * 1024
+        registers = {"CONSUMER_REGISTERS": tile.consumer_registers}
     return {
         "GROUP_SIZE": group_size,
         "SCALE_BYTES": scale_bytes,
@@ -176,7 +179,7 @@ def sm90_w4a16_defines(
         "K_TEAMS": tile.k_teams,
         "N_STAGES": min(24, (tile.shared_bytes - fixed) // (stage + 16)),
         "SHARED_BYTES": tile.shared_bytes,
-        **ahead,
+        **registers,
     }
 
 

@@ -98,11 +98,11 @@ def all_variants() -> Iterator[tuple[str, str, Mapping[str, int | str]]]:
                 HOPPER,
                 gemm_tiles.sm90_defines(tile, 128, scale_bytes, progressive, torch.float16),
             )
-    chosen = [gemm_tiles.choose_w4a16_tile(n) for n in (1, 16, 64)]
-    for tile in dict.fromkeys([*chosen, gemm_tiles.W4A16_LARGE_TILE]):
-        defines = gemm_tiles.sm90_w4a16_defines(tile, 128, 2, torch.float16, torch.float16)
-        few = tile.tokens <= gemm_tiles.W4A16_FEW_TOKENS
-        yield "sm90_w4a16_gemm" if few else "sm90_w4a16_batch_gemm", HOPPER, defines
+    yield "pack_tokens", HOPPER, {}
+    for n_tokens in (1, 16, 32, 64):
+        tile = gemm_tiles.choose_w4a16_tile(n_tokens)
+        name = "sm90_w4a16_gemm" if tile.mma_sync else "sm90_w4a16_batch_gemm"
+        yield name, HOPPER, gemm_tiles.sm90_w4a16_defines(tile, 128, 2, torch.float16, torch.float16)
 
 
 def _repack_defines(scale_bytes: int) -> dict[str, int | str]:

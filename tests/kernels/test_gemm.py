@@ -6,18 +6,15 @@ import dataclasses
 import functools
 import itertools
 import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from gemm_operands import make_inputs, make_weight, move, pack_inputs, plain_product
+from gemm_operands import make_inputs, make_weight, misaligned, move, pack_inputs, plain_product
+from sass import disassemble, stages_are_given_back_behind_a_fence
 
 from atomq.errors import KernelError
-from atomq.kernels import gemm, gemm_reference, gemm_tiles, repack
-from atomq.kernels.gemm import Engine, Tile, w4a4_gemm, w4a16_gemm
+from atomq.kernels import gemm, gemm_reference, repack
+from atomq.kernels.gemm import Engine, Tile, w4a4_gemm
 from atomq.kernels.loader import ARCHITECTURES, compile_for
 from atomq.kernels.repack import pack_activations, repack_weight
 
@@ -148,17 +145,6 @@ def test_small_weights_and_groups_of_64_keep_their_tiles():
     assert gemm.choose_tile(147, 64, False).tokens == 256  # the others spill
 
 
-def disassemble(cubin: bytes, folder: Path) -> str:
-    """SASS, by nvdisasm from the PATH or from NVIDIA's wheel; skips the test where there is none."""
-    wheel = Path(sys.prefix).glob("lib/python*/site-packages/nvidia/cu*/bin/nvdisasm")
-    tool = shutil.which("nvdisasm") or next(map(str, wheel), None)
-    if tool is None:
-        pytest.skip("nvdisasm is not installed here")
-    path = folder / "kernel.cubin"
-    path.write_bytes(cubin)
-    return subprocess.run([tool, "-c", path], capture_output=True, text=True, check=True).stdout
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("token_base", [False, True])
 @pytest.mark.parametrize("scale_bytes", [1, 2, 4])
@@ -185,6 +171,7 @@ def test_hopper_templates_compile_to_wgmma_without_spills(group_size, scale_byte
         sass = disassemble(kernel.cubin, tmp_path)
         assert re.search(r"IGMMA\.64x\d+x32\.S8\.S8", sass)
         assert not re.search(r"\.S4|\.U4", sass)  # no INT4 instruction, which Hopper only emulates
+        assert stages_are_given_back_behind_a_fence(sass)
 
 
 @pytest.mark.slow
@@ -211,25 +198,6 @@ def test_portable_templates_compile_everywhere_without_spills(arch, tmp_path):
                     assert kernel.spill_bytes == 0, (engine, tile_tokens, group_size, scale_bytes)
     sass = disassemble(kernel.cubin, tmp_path)
     assert bool(re.search(r"IMMA\.16864\.S4", sass)) == is_native
-
-
-@pytest.mark.slow
-def test_w4a16_templates_compile_without_spills_but_for_one():
-    pytest.importorskip("cupy", reason="compiles with NVRTC through CuPy")
-    tiles = [gemm.choose_w4a16_tile(n_tokens) for n_tokens in (1, 16, 1000)]
-    tiles.append(gemm_tiles.W4A16_LARGE_TILE)
-    for tile, group_size, dtype in itertools.product(tiles, (64, 128), (torch.float16, torch.bfloat16)):
-        defines = gemm.sm90_w4a16_defines(tile, group_size, 2, dtype, dtype)
-        name = "sm90_w4a16_gemm" if tile.tokens <= 32 else "sm90_w4a16_batch_gemm"
-        spilled = compile_for(name, "sm_90a", **defines).spill_bytes
-        allowed = (
-            20 if tile.tokens == 64 and dtype == torch.bfloat16 else 0
-        )  # five registers, in one template
-        assert spilled <= allowed, (tile, group_size, dtype)
-
-
-def test_no_number_of_tokens_takes_the_w4a16_kernel_that_erred():
-    assert max(gemm.choose_w4a16_tile(n_tokens).tokens for n_tokens in range(1, 300)) == 32
 
 
 def test_int4_mma_is_refused_where_it_is_emulated():
@@ -379,12 +347,6 @@ def test_a_captured_graph_replays_the_same_result(n_tokens):
         assert torch.equal(out, expected)
 
 
-def misaligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values, one element after a multiple of 16 bytes."""
-    room = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=tensor.device)
-    return room[1:].view(tensor.shape).copy_(tensor)
-
-
 @pytest.mark.gpu
 def test_the_front_refuses_operands_that_do_not_fit():
     weight = make_weight(130, 448, 128, 128, device="cuda")
@@ -417,55 +379,3 @@ def test_the_front_refuses_operands_that_do_not_fit():
     for out in (torch.empty(17, 130, device="cuda"), torch.empty(16, 130, device="cuda").half()):
         with pytest.raises(KernelError, match="out of"):
             w4a4_gemm(activations, packed, out=out)
-
-
-@pytest.mark.gpu
-def test_the_w4a16_front_refuses_operands_that_do_not_fit():
-    on_gpu(Engine.WGMMA_INT8)
-    packed = repack_weight(make_weight(136, 448, 0, 128, device="cuda"))
-    x = torch.zeros(3, 448, dtype=torch.float16, device="cuda")
-    for operand, message in (
-        (x.float(), "x of .*float32.*it must be .*float16 or torch.bfloat16"),
-        (x[:, :440].contiguous()[:, :436], "inputs in eights"),
-        (x[:, :256].contiguous(), "weight's 4 slots"),
-        (torch.zeros(448, 3, dtype=torch.float16, device="cuda").T, "has strides"),
-        (x.cpu(), "on cpu; it must be .* on cuda"),
-        (misaligned(x), "multiple of 16 bytes"),
-    ):
-        with pytest.raises(KernelError, match=message):
-            w4a16_gemm(operand, packed)
-    with pytest.raises(KernelError, match="multiple of 16 bytes"):
-        w4a16_gemm(x, packed, out=misaligned(torch.zeros(3, 136, dtype=torch.float16, device="cuda")))
-    with_outliers = repack_weight(make_weight(130, 448, 128, 128, device="cuda"))
-    with pytest.raises(KernelError, match="progressive scales or outliers; use w4a4_gemm"):
-        w4a16_gemm(x, with_outliers)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("n_tokens", TOKENS)
-def test_w4a16_matches_the_oracle(n_tokens, dtype):
-    on_gpu(Engine.WGMMA_INT8)
-    for n_channels, n_inputs, group_size in ((100, 448, 128), (203, 1536, 64), (1000, 1000, 128)):
-        weight = make_weight(
-            n_channels, n_inputs, 0, group_size, float32_scales=n_inputs == 1536, device="cuda"
-        )
-        packed = repack_weight(weight)
-        x = torch.randn(n_tokens, n_inputs, generator=torch.Generator().manual_seed(2)).to("cuda", dtype)
-        oracle = gemm_reference.w4a16_oracle(x, packed)
-        out = torch.full_like(oracle, float("nan"), dtype=dtype)
-        assert error(w4a16_gemm(x, packed, out=out), oracle) <= TOLERANCE[dtype]
-        assert error(w4a16_gemm(x, packed, torch.float32), oracle) <= 3e-6
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("n_tokens", [16, 64, 200])
-def test_w4a16_gives_the_same_bits_in_a_hundred_launches(n_tokens):
-    """A kernel that reads a slot too early does so once in many thousands of slots: one launch hides it."""
-    on_gpu(Engine.WGMMA_INT8)
-    packed = repack_weight(make_weight(2048, 8192, 0, 128, device="cuda"))
-    x = torch.randn(n_tokens, 8192, generator=torch.Generator().manual_seed(4)).cuda().half()
-    first = w4a16_gemm(x, packed)
-    assert error(first, gemm_reference.w4a16_oracle(x, packed)) <= TOLERANCE[torch.float16]
-    results = [w4a16_gemm(x, packed) for _ in range(100)]
-    assert all(torch.equal(first, result) for result in results)
