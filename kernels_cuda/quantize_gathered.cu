@@ -30,6 +30,8 @@
 
 namespace {
 
+constexpr int CTAS_OF_SM = IS_WIDE ? MIN_CTAS : 4;  // 64 registers, so 32 warps: 8 % less time at 4096 channels
+
 using Indices = uint4[4];  // of a lane's channels: eight 16-bit ones for each run
 
 // Volatile, or the compiler would move the loads to where their values are used.
@@ -78,7 +80,7 @@ __device__ __forceinline__ void store(const Problem& p, const Place& place, int 
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, MIN_CTAS)
+extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, CTAS_OF_SM)
 quantize_gathered(const ELEMENT* __restrict__ input, const unsigned short* __restrict__ slots,
                   uint4* __restrict__ codes, float* __restrict__ token_scales, int input_stride, float clip_ratio,
                   const Sizes sizes) {
