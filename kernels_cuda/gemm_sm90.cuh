@@ -14,8 +14,8 @@ __device__ __forceinline__ void barrier_init_fence() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Orders this thread's ordinary writes to shared memory before later accesses of the copy engine.
-__device__ __forceinline__ void shared_writes_fence() {
+// Orders this thread's ordinary accesses to shared memory before later ones of the copy engine and of wgmma.
+__device__ __forceinline__ void shared_fence() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 

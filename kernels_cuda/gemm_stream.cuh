@@ -92,7 +92,7 @@ struct Ring {
 // A warp gives a stage back, when what it read there has come: an arrival does not wait for reads that are on their way,
 // and the copy engine may overtake them (docs/LOG.md, 2026-11-28: the scales of the slot N_STAGES later).
 __device__ __forceinline__ void release_stage(unsigned empty) {
-    asm volatile("fence.acq_rel.cta;" ::: "memory");
+    shared_fence();
     __syncwarp();
     barrier_arrive_if(threadIdx.x % 32 == 0, empty);
 }

@@ -145,7 +145,7 @@ extern "C" __global__ void __launch_bounds__(128 * N_WARPGROUPS + 32, 1)
         const int stage = i / (TILE_BYTES / 16);
         reinterpret_cast<uint4 *>(shared + stage * STAGE_BYTES)[i % (TILE_BYTES / 16)] = make_uint4(0, 0, 0, 0);
     }
-    shared_writes_fence();
+    shared_fence();
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < N_STAGES; ++stage) {
             barrier_init(full + 8 * stage, 1);

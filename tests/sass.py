@@ -28,4 +28,4 @@ def stages_are_given_back_behind_a_fence(sass: str) -> bool:
     Without one, reads are on their way when the copy engine fills the stage anew (docs/LOG.md, 2026-11-28).
     """
     *before, _ = re.split(r"SYNCS\.ARRIVE\.TRANS64\.A1T0", sass)
-    return bool(before) and all("MEMBAR" in text[text.rfind("LDS") :] for text in before)
+    return bool(before) and all("FENCE.VIEW.ASYNC" in text[text.rfind("LDS") :] for text in before)
