@@ -179,7 +179,7 @@ def pack_tokens(x: torch.Tensor) -> torch.Tensor:
     n_pieces = n_slots * SLOT_INPUTS // 16
     launch(
         compile_kernel("pack_tokens"),
-        (-(-n_pieces // 256), n_rows),
+        (n_rows, -(-n_pieces // 256)),  # the first may exceed 65,535
         (256,),
         (x, packed, n_tokens, n_inputs, n_slots),
         device=x.device,
