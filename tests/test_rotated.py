@@ -58,7 +58,7 @@ def test_another_tool_opens_its_export_without_knowing(checkpoint, tmp_path):
     dest = export(checkpoint, tmp_path / "DEST", "hf").path
     plain = AutoModelForCausalLM.from_pretrained(dest, dtype=torch.float32)
     expected = atomq.hf.load(checkpoint)(TOKENS).logits
-    assert (plain(TOKENS).logits - expected).norm() / expected.norm() < 0.01  # bfloat16
+    assert (plain(TOKENS).logits - expected).norm() / expected.norm() < 0.02  # bfloat16
 
 
 def test_a_dry_run_counts_the_head(tied, tmp_path):

@@ -32,7 +32,8 @@ from atomq.rotation_choice import settle_rotation, with_rotation
 CPU = torch.device("cpu")
 GROUPS = ["weights.group_size=16", "activations.group_size=16"]
 OUTLIERS = build_recipe("atom", {"rotate": "auto", "n_outliers": 5}, None, GROUPS)
-NO_OUTLIERS = build_recipe("ct-w4a4", {"rotate": "auto"}, None, GROUPS)
+PLAIN_GPTQ = ["solver.descent_sweeps=0", "solver.asymmetry=0"]  # more fits these short texts, not the model
+NO_OUTLIERS = build_recipe("ct-w4a4", {"rotate": "auto"}, None, GROUPS + PLAIN_GPTQ)
 UNCALIBRATED = build_recipe("rtn", {"rotate": "auto"}, None, GROUPS)
 
 
