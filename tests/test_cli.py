@@ -323,9 +323,7 @@ def test_generate_prints_one_json_document_or_the_text(run, made):
     assert 1 <= document["n_new_tokens"] <= 5
     code, text, _ = run(*argv)
     assert code == 0
-    shown = strip_control_codes(
-        document["text"]
-    )  # a terminal gets none of them; an untrained model makes some
+    shown = strip_control_codes(document["text"])  # an untrained model makes some; a terminal gets none
     assert text == f"seven wizards{shown}\n"
 
 

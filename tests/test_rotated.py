@@ -22,7 +22,7 @@ from atomq.pipeline import calibrate
 from atomq.presets import build_recipe
 
 TOKENS = torch.randint(2, 256, (2, 40), generator=torch.Generator().manual_seed(0))
-EIGHT_BITS = {"weights.n_bits": 8, "solver.method": "gptq", "solver.rotation": "fused"}
+EIGHT_BITS = {"weights.n_bits": 8, "solver.damp_frac": 0.01, "solver.rotation": "fused"}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_another_tool_opens_its_export_without_knowing(checkpoint, tmp_path):
     dest = export(checkpoint, tmp_path / "DEST", "hf").path
     plain = AutoModelForCausalLM.from_pretrained(dest, dtype=torch.float32)
     expected = atomq.hf.load(checkpoint)(TOKENS).logits
-    assert (plain(TOKENS).logits - expected).norm() / expected.norm() < 0.02  # bfloat16
+    assert (plain(TOKENS).logits - expected).norm() / expected.norm() < 0.01  # bfloat16
 
 
 def test_a_dry_run_counts_the_head(tied, tmp_path):
