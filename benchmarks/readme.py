@@ -17,6 +17,7 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "method.md")
 RESULTS = "benchmarks/results"
 ACCURACY = "2026-11-28-h100-presets-smollm2.json"
 LADDER = "2026-11-28-h100-ladder-smollm2.json"
+SPREAD = "2026-11-28-h100-spread-smollm2.json"
 GEMM = "2026-11-28-h100-gemm.json"
 GEMM_SHAPE = (28672, 8192)
 GEMM_TOKENS = (1, 64, 256, 4096)
@@ -25,6 +26,11 @@ GEMM_COLUMNS = {
     "w4a4-progressive": "INT4, progressive scales",
     "fp16": "torch fp16",
     "fp8": "torch FP8",
+}
+TEXT_NAMES = {
+    "wikitext2.valid.raw.txt": "WikiText-2 validation",
+    "builtin": "the built-in text",
+    "c4_long.txt": "C4 pages",
 }
 PICTURE = ROOT / "docs" / "images" / "cost.svg"
 
@@ -58,7 +64,12 @@ def accuracy() -> str:
     for text, (unquantized, quantized) in texts.items():
         measured = [f"{rows[name][quantized]:.2f}" for name in columns.values()]
         lines.append([text, f"{found[unquantized]:.2f}", *measured])
-    return f"{_table(lines)}\n\nCalibrated on WikiText-2 validation; one H100 ({link(ACCURACY)})."
+    seeds = record(SPREAD)["seeds"]["ppl"]
+    said = f"`atomq` over three seeds: {seeds['mean']:.2f} ± {seeds['standard_deviation']:.2f}"
+    return (
+        f"{_table(lines)}\n\nCalibrated on WikiText-2 validation; one H100 ({link(ACCURACY)}).\n"
+        f"{said} ({link(SPREAD)});\n[other texts](docs/method.md#seeds-and-calibration-texts) cost more."
+    )
 
 
 def gemm() -> str:
@@ -93,7 +104,28 @@ def ladder() -> str:
     return _table(lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"accuracy": accuracy, "gemm": gemm, "ladder": ladder}
+def spread() -> str:
+    """The default preset by seed and by text of the calibration, with mean and standard deviation."""
+    found = record(SPREAD)
+    lines = [["calibrated on", "perplexity"], ["---", "---"]]
+    for kind, measured in (("seeds", "mean of the seeds"), ("texts", "mean of the three texts")):
+        for row in found[kind]["rows"]:
+            text = row["calibration"]
+            size = f"{text['n_samples']} x {text['seq_len']} tokens"
+            if kind == "seeds" or row not in found["seeds"]["rows"]:
+                draw = f", seed {text['seed']}" if kind == "seeds" else ""
+                lines.append([f"{TEXT_NAMES[text['data']]}, {size}{draw}", f"{row['ppl']:.2f}"])
+        ppl = found[kind]["ppl"]
+        lines.append([measured, f"**{ppl['mean']:.2f}** ± {ppl['standard_deviation']:.2f}"])
+    return _table(lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "accuracy": accuracy,
+    "gemm": gemm,
+    "ladder": ladder,
+    "spread": spread,
+}
 
 
 def _table(lines: list[list[str]]) -> str:
