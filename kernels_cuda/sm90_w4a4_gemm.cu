@@ -47,6 +47,7 @@ constexpr int FULL_AT = TEAM_SUMS_AT + TEAM_SUM_BYTES;  // a barrier for each st
 constexpr int EMPTY_AT = FULL_AT + 8 * ALL_STAGES;      // and one that says it is empty
 constexpr int OUTLIER_LIMIT = ROW_BLOCKS > 1 ? 32 : 64;  // what the registers leave room for
 constexpr int OUTLIER_CHUNK = CHUNK_TOKENS < OUTLIER_LIMIT ? CHUNK_TOKENS : OUTLIER_LIMIT;
+constexpr bool READS_PAIRS = TILE_TOKENS > 64 && ROW_BLOCKS == 1 && GROUP_SIZE == 128;  // or it would spill
 constexpr float UNIT = PROGRESSIVE ? 1.0f : EXACT_UNIT;
 
 static_assert(PROGRESSIVE ? SCALE_BYTES == 1 : SCALE_BYTES == 2 || SCALE_BYTES == 4, "bytes of a group scale");
@@ -165,19 +166,29 @@ __device__ __forceinline__ float2 load_scales(const unsigned char *record, int g
     return reinterpret_cast<const float2 *>(scales)[self.pair];
 }
 
+// The scales of a thread's two tokens for sums 4 * quad to 4 * quad + 3. In one read where registers allow: a read
+// for each, which the compiler makes of a pair that is not used as one, costs 2 to 4 % from 128 tokens on.
+__device__ __forceinline__ float2 two_scales(const float *token_scales, int quad) {
+    const float *pair = token_scales + 8 * quad;
+    if constexpr (READS_PAIRS) return *reinterpret_cast<const float2 *>(pair);
+    return make_float2(pair[0], pair[1]);
+}
+
 // total += sums * channel scale * token scale, for the two rows of a thread; a scale that is not asked for is 1.
 template <bool BY_CHANNEL, bool BY_TOKEN, int COUNT>
 __device__ __forceinline__ void promote(float *total, const int (&sums)[COUNT], float2 channel_scales,
                                         const float *token_scales) {
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-        const float2 tokens =
-            BY_TOKEN ? *reinterpret_cast<const float2 *>(token_scales + i / 4 * 8) : float2{1.0f, 1.0f};
-        const float channel_scale = BY_CHANNEL ? i & 2 ? channel_scales.y : channel_scales.x : 1.0f;
-        const float token_scale = i & 1 ? tokens.y : tokens.x;
-        const float sum = static_cast<float>(sums[i]);
-        total[i] = BY_CHANNEL && BY_TOKEN ? fmaf(sum * channel_scale, token_scale, total[i])
-                                          : fmaf(sum, BY_TOKEN ? token_scale : channel_scale, total[i]);
+    for (int quad = 0; quad < COUNT / 4; ++quad) {
+        const float2 tokens = BY_TOKEN ? two_scales(token_scales, quad) : float2{1.0f, 1.0f};
+#pragma unroll
+        for (int i = 4 * quad; i < 4 * quad + 4; ++i) {
+            const float channel_scale = BY_CHANNEL ? i & 2 ? channel_scales.y : channel_scales.x : 1.0f;
+            const float token_scale = i & 1 ? tokens.y : tokens.x;
+            const float sum = static_cast<float>(sums[i]);
+            total[i] = BY_CHANNEL && BY_TOKEN ? fmaf(sum * channel_scale, token_scale, total[i])
+                                              : fmaf(sum, BY_TOKEN ? token_scale : channel_scale, total[i]);
+        }
     }
 }
 
@@ -187,8 +198,7 @@ __device__ __forceinline__ void scale_total(float (&total)[SUMS], float2 channel
                                             const float *token_scales) {
 #pragma unroll
     for (int i = 0; i < SUMS; ++i) {
-        const float2 tokens =
-            BY_TOKEN ? *reinterpret_cast<const float2 *>(token_scales + i / 4 * 8) : float2{1.0f, 1.0f};
+        const float2 tokens = BY_TOKEN ? two_scales(token_scales, i / 4) : float2{1.0f, 1.0f};
         if constexpr (BY_CHANNEL) total[i] *= i & 2 ? channel_scales.y : channel_scales.x;
         if constexpr (BY_TOKEN) total[i] *= i & 1 ? tokens.y : tokens.x;
         if (i % 16 == 15) keep_order();  // loading all token scales first would spill

@@ -16,7 +16,7 @@ from atomq.errors import KernelError, VerificationError
 from atomq.eval import gemm_bench, gemm_candidates, gemm_kernels
 from atomq.eval.gemm_bench import Ceilings, Result
 from atomq.eval.gemm_candidates import Work
-from atomq.eval.gemm_timing import Timing, n_copies, turns
+from atomq.eval.gemm_timing import LONG_TURN, SHORT_TURN, Timing, n_copies, turns
 from atomq.formats.gemm_plot import draw_speedups
 from atomq.kernels.loader import ARCHITECTURES
 
@@ -111,7 +111,7 @@ MICROSECONDS = {"w4a4 alone": 2.0, "w4a4 whole": 5.0, "fp16 alone": 6.0, "few al
 def _fake_gpu(monkeypatch):
     """A device that is there, candidates that need none, and a clock that knows what each takes."""
 
-    def clock(candidates, rounds=3):
+    def clock(candidates, rounds=3, turn=SHORT_TURN):
         return [Timing(us, us, us, 2 * us) for us in (MICROSECONDS[launches[0]] for launches in candidates)]
 
     monkeypatch.setattr(gemm_bench, "time_in_turns", clock)
@@ -119,6 +119,20 @@ def _fake_gpu(monkeypatch):
     monkeypatch.setattr(gemm_bench, "measure_ceilings", lambda: Ceilings(3e9, 1e12))
     monkeypatch.setattr(gemm_bench, "environment", lambda _: {"gpu": "a GPU"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+@pytest.mark.usefixtures("_fake_gpu")
+def test_products_of_many_tokens_are_timed_in_long_turns(monkeypatch):
+    clock, taken = gemm_bench.time_in_turns, []
+
+    def noted(candidates, rounds=3, turn=SHORT_TURN):
+        taken.append((len(candidates), turn))
+        return clock(candidates)
+
+    monkeypatch.setattr(gemm_bench, "time_in_turns", noted)
+    fp16 = [FakeCandidate("fp16", max_tokens=1024)]  # its work includes no quantization
+    list(gemm_bench.bench([(100, 200)], [256, 1024], fp16, Ceilings(3e9, 1e12), pytest.fail))
+    assert [turn for count, turn in taken if count] == [SHORT_TURN, LONG_TURN]
 
 
 @pytest.mark.parametrize("count", [2, 3, 10])

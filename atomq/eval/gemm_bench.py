@@ -23,7 +23,7 @@ from atomq.errors import KernelError
 from atomq.eval.gemm_candidates import Candidate, Prepared, Work, plugged_in
 from atomq.eval.gemm_kernels import MODES, KernelCandidate
 from atomq.eval.gemm_peers import HUMMING_PEERS, TORCH_PEERS
-from atomq.eval.gemm_timing import Launch, Timing, describe_method, time_in_turns
+from atomq.eval.gemm_timing import LONG_TURN, SHORT_TURN, Launch, Timing, describe_method, time_in_turns
 
 MODEL_SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
     "llama-2-7b": ((4096, 4096), (11008, 4096), (4096, 11008)),
@@ -41,6 +41,7 @@ MODEL_SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
 _INT8_OPERATIONS = {(8, 0): 624e12, (9, 0): 1979e12}
 """Dense INT8 operations per second by compute capability, from NVIDIA's data sheets (A100, H100)."""
 _COPY_BYTES = 1 << 29
+_POWER_BOUND_TOKENS = 1024  # from here on a product of a large model draws all the power that an H100 may
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,8 @@ def _time(
     works: Sequence[tuple[Candidate, Work]], sizes: tuple[int, int, int], ceilings: Ceilings
 ) -> Iterator[Result]:
     wholes = [work.whole for _, work in works if work.whole is not None]
-    timings = time_in_turns([work.launches for _, work in works])
+    turn = LONG_TURN if sizes[2] >= _POWER_BOUND_TOKENS else SHORT_TURN
+    timings = time_in_turns([work.launches for _, work in works], turn=turn)
     with_quantization = iter(time_in_turns(wholes, rounds=1))
     for (candidate, work), timing in zip(works, timings, strict=True):
         yield Result(

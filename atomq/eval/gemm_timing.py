@@ -2,7 +2,8 @@
 
 A turn begins with untimed replays of the candidate itself, until the GPU runs at the clock that this
 candidate's own power leaves. Turns of a few milliseconds would give all of them the clock of their average:
-float16 products, which draw the most, ran 25 % faster that way on an H100, and INT4 ones 15 % slower.
+float16 products, which draw the most, ran 25 % faster that way on an H100, and INT4 ones 15 % slower. What
+draws all the power there is takes longer to settle, and its clock then goes up and down: it has `LONG_TURN`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -19,10 +20,20 @@ Launch = Callable[[], object]
 CACHE_BYTES = 160e6
 """Copies of a weight together exceed this: three times the largest L2 cache."""
 
-_WARM_UP_US = 25e3  # of a turn
-ROUNDS, _SAMPLES = 3, 4  # turns of each candidate, and samples of a turn
+ROUNDS = 3  # turns of each candidate
 _COLD_SAMPLES = 9
 _GRAPH_US, _GRAPH_LAUNCHES = 2000.0, 32  # a graph holds so much work or so many launches, whichever is less
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Untimed replays for `warm_up_us`, then `samples` timed ones, each of about 2 ms."""
+
+    warm_up_us: float
+    samples: int
+
+
+SHORT_TURN, LONG_TURN = Turn(25e3, 4), Turn(60e3, 12)
 
 
 @dataclass(frozen=True)
@@ -56,8 +67,8 @@ def describe_method() -> dict[str, object]:
     return {
         "statistic": "median",
         "rounds": ROUNDS,
-        "samples_per_turn": _SAMPLES,
-        "warm_up_us_per_turn": _WARM_UP_US,
+        "turn": asdict(SHORT_TURN),
+        "long_turn": asdict(LONG_TURN),
         "cold_samples": _COLD_SAMPLES,
         "rotated_bytes": CACHE_BYTES,
         "order": "candidates take turns in every round, every second round backwards; "
@@ -70,7 +81,9 @@ def n_copies(n_bytes: float) -> int:
     return max(1, math.ceil(CACHE_BYTES / n_bytes))
 
 
-def time_in_turns(candidates: Sequence[Sequence[Launch]], rounds: int = ROUNDS) -> list[Timing]:
+def time_in_turns(
+    candidates: Sequence[Sequence[Launch]], rounds: int = ROUNDS, turn: Turn = SHORT_TURN
+) -> list[Timing]:
     """Time candidates that do the same work, each given as one launch for every copy of its operands."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
@@ -89,9 +102,9 @@ def time_in_turns(candidates: Sequence[Sequence[Launch]], rounds: int = ROUNDS) 
         for number in range(rounds):
             for i in turns(len(batches), number):
                 batch = batches[i]
-                for _ in range(math.ceil(_WARM_UP_US / batch.replay_us)):
+                for _ in range(math.ceil(turn.warm_up_us / batch.replay_us)):
                     batch.many.replay()  # no pause lies between the last of them and the first sample
-                for _ in range(_SAMPLES):
+                for _ in range(turn.samples):
                     samples[i].append(timed(batch.many.replay) / batch.n_launches)
         flushed = torch.empty(int(CACHE_BYTES), dtype=torch.uint8, device="cuda")
         cold: list[list[float]] = [[] for _ in batches]
