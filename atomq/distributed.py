@@ -30,8 +30,11 @@ def processes(device: torch.device) -> Iterator[None]:
         yield
         return
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+        own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(own)
+        dist.init_process_group("nccl", timeout=_PATIENCE, device_id=own)  # which connects at once
+    else:
+        dist.init_process_group("gloo", timeout=_PATIENCE)
     yield
     dist.destroy_process_group()  # not after an error: the others may still wait, until torchrun ends them
 

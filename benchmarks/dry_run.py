@@ -45,6 +45,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "OUT"
         expected = run(model, str(out), *(options or []), "--dry-run")
+        sys.stderr.write(f"expected: {json.dumps(expected)}\n")  # the run may take long, or be cut off
         measured = run(model, str(out), *(options or []), "--check", "off")
         host = json.loads((out / "reports" / "quantize.json").read_text(encoding="utf-8"))["host"]
         on_disk = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())

@@ -12,19 +12,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from atomq.formats.shards import shard_bytes, whole
 from atomq.models.loading import empty_model
 from atomq.models.source import ModelSource
 
@@ -75,8 +77,21 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "max_position_embeddings": 2048,
     },
+    "tiny-mixtral": {
+        "model_type": "mixtral",
+        "vocab_size": 512,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 2048,
+    },
 }
 N_TEXT_BYTES = 600_000
+FILES_AT_A_TIME = 4
 SHAPE_FILE = "scale.json"
 
 
@@ -90,18 +105,20 @@ def make(folder: Path, shape: str, n_blocks: int | None, device: str) -> None:
     config.save_pretrained(folder)
     model = empty_model(config, ModelSource(shape, folder, "directory"))
     torch.manual_seed(0)
-    shards: dict[str, dict[str, torch.Tensor]] = {}
-    for name, parameter in model.named_parameters():
-        block = name.split(".")[2] if ".layers." in name else "outside"
-        weight = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
-        weight = torch.nn.init.ones_(weight) if "norm" in name else weight.normal_(0, 0.02)
-        shards.setdefault(block, {})[name] = weight.cpu()
-    index = {}
-    for number, (block, tensors) in enumerate(shards.items(), start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(tensors, folder / file, {"format": "pt"})
-        index |= dict.fromkeys(tensors, file)
-        sys.stderr.write(f"{file}: block {block}\n")
+    shards: dict[str, list[str]] = {}
+    for name, _ in model.named_parameters():
+        shards.setdefault(name.split(".")[2] if ".layers." in name else "outside", []).append(name)
+    index, writing = {}, []
+    with ThreadPoolExecutor(FILES_AT_A_TIME) as pool:
+        for number, names in enumerate(shards.values(), start=1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            index |= dict.fromkeys(names, file)
+            tensors = {name: _weight(name, model.get_parameter(name).shape, device) for name in names}
+            writing.append(pool.submit(_write, folder / file, tensors))
+            if number >= FILES_AT_A_TIME:  # no more of them in memory
+                writing[number - FILES_AT_A_TIME].result()
+        for file_written in writing:
+            file_written.result()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     _byte_tokenizer().save_pretrained(folder)
     generator = torch.Generator().manual_seed(0)
@@ -109,6 +126,18 @@ def make(folder: Path, shape: str, n_blocks: int | None, device: str) -> None:
     letters[::6] = 32
     (folder / "text.txt").write_bytes(letters.numpy().tobytes())
     (folder / SHAPE_FILE).write_text(json.dumps({"shape": shape, "full_depth": full_depth}))
+
+
+def _weight(name: str, shape: torch.Size, device: str) -> torch.Tensor:
+    weight = torch.empty(shape, dtype=torch.bfloat16, device=device)
+    return (torch.nn.init.ones_(weight) if "norm" in name else weight.normal_(0, 0.02)).cpu()
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Not flushed to the disk, which would take as long again: nothing depends on these files."""
+    with path.open("wb") as file:
+        file.writelines(shard_bytes({name: whole(tensor) for name, tensor in tensors.items()}))
+    sys.stderr.write(f"{path.name}\n")
 
 
 def _byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -123,8 +152,11 @@ def run(folder: Path, n_gpus: int, n_samples: int, seq_len: int, options: list[s
     """Quantize `folder` by the command and answer what it reports."""
     made = json.loads((folder / SHAPE_FILE).read_text())
     launcher = [sys.executable, "-m"]
+    environment = dict(os.environ)
     if n_gpus > 1:
         launcher += ["torch.distributed.run", f"--nproc-per-node={n_gpus}", "-m"]
+        # torchrun would give each process one thread, where a single process has all cores.
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_gpus)))
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         out = Path(scratch) / "OUT"
         command = [
@@ -132,7 +164,7 @@ def run(folder: Path, n_gpus: int, n_samples: int, seq_len: int, options: list[s
             "--n-samples", str(n_samples), "--seq-len", str(seq_len), "--check", "off", *options,
         ]  # fmt: skip
         started = time.perf_counter()
-        subprocess.run(command, check=True)
+        subprocess.run(command, check=True, env=environment)
         wall = time.perf_counter() - started
         report = json.loads((out / "reports" / "quantize.json").read_text())
         shutil.rmtree(out)
