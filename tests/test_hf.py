@@ -417,8 +417,6 @@ def test_the_flag_of_each_group_says_whether_it_is_transformed(checkpoint, spoil
         ("atom", "mlp.up_proj.scales", set_first(0), "not positive and finite"),
         ("atom", "mlp.up_proj.outlier_scales", lambda t: t.neg_(), "not positive and finite"),
         ("progressive", "mlp.up_proj.scale_base", lambda t: t.fill_(float("inf")), "not positive and finite"),
-        ("progressive", "mlp.up_proj.scale_factors", set_first(17), "not from 1 to 16"),
-        ("progressive", "mlp.up_proj.scale_factors", set_first(0), "not from 1 to 16"),
         ("asymmetric", "mlp.up_proj.zeros", set_first(16), "not below 16"),
         ("e5m2 outliers", "mlp.up_proj.outlier_weight", lambda t: (t.float() / 0).to(t.dtype), "not finite"),
     ],

@@ -12,7 +12,6 @@ from atomq.config import FLOAT_BITS, QuantScheme, from_dict, to_dict
 from atomq.errors import CheckpointError, ConfigError
 from atomq.models.families import LinearGroup, LinearShape, ModelFamily
 from atomq.numerics.linear import TensorSpec, linear_specs
-from atomq.numerics.scales import MAX_FACTOR
 
 QUANT_METHOD = "atomq"
 FORMAT_VERSION = 1
@@ -126,7 +125,6 @@ def check_values(name: str, tensors: Mapping[str, torch.Tensor], scheme: QuantSc
         CheckpointError: naming the tensor and the rule.
     """
     rules: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
-        "scale_factors": ("from 1 to 16", lambda t: (t >= 1) & (t <= MAX_FACTOR)),
         "zeros": (f"below {2**scheme.weights.n_bits}", lambda t: t <= 2**scheme.weights.n_bits - 1),
         "perm": ("a permutation", lambda t: t.sort()[0] == torch.arange(len(t), device=t.device)),
     }

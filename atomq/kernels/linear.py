@@ -23,6 +23,7 @@ from atomq.numerics.activations import QuantizedActivations
 from atomq.numerics.groups import n_groups
 from atomq.numerics.linear import QuantizedLinear
 from atomq.numerics.outliers import Outliers
+from atomq.numerics.packing import unpack_factors
 
 GROUP_SIZES = (64, 128)
 
@@ -54,14 +55,19 @@ def envelope_problem(linear: QuantizedLinear) -> str:
 def canonical_weight(linear: QuantizedLinear) -> CanonicalWeight:
     """The codes of a linear inside the envelope, as they lie in the checkpoint."""
     weights, tensors = linear.scheme.weights, dict(linear.named_buffers())
-    is_progressive = weights.scale_mode == "progressive"
+    n_normal = linear.in_features - linear.scheme.outliers.n_outliers
+    base, scales = None, tensors.get("scales")
+    if weights.scale_mode == "progressive":
+        base = tensors["scale_base"].float()
+        scales = unpack_factors(tensors["scale_factors"], n_groups(n_normal, weights.group_size))
+    assert scales is not None
     return CanonicalWeight(
         tensors["qweight"],
-        tensors["scale_factors"] if is_progressive else tensors["scales"],
-        linear.in_features - linear.scheme.outliers.n_outliers,
+        scales,
+        n_normal,
         weights.group_size or 0,  # never None inside the envelope
         weights.channel_group,
-        tensors.get("scale_base"),
+        base,
         tensors.get("outlier_weight"),
         tensors.get("outlier_scales"),
         linear.bias,

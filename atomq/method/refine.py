@@ -91,8 +91,10 @@ class LatentWeight(nn.Module):
             return replace(start, codes=codes, scales=scales, outliers=outliers, base=base)
 
     def _base(self) -> torch.Tensor:
+        """[N], as stored."""
         assert self.start.base is not None
-        return self.start.base * self.log_scales.exp()
+        base = self.start.base * self.log_scales.exp()
+        return straight_through(base, round_to_stored(base))
 
     def _scales(self) -> torch.Tensor:
         """[ceil(N / channel_group), G], as stored."""

@@ -20,7 +20,14 @@ from atomq.numerics.activations import compute_dtype, fake_quantize_activations
 from atomq.numerics.groups import n_groups
 from atomq.numerics.hadamard import transform_groups
 from atomq.numerics.outliers import OUTLIER_DTYPES, Outliers
-from atomq.numerics.packing import pack_codes, packed_width, unpack_codes
+from atomq.numerics.packing import (
+    FACTOR_BITS,
+    pack_codes,
+    pack_factors,
+    packed_width,
+    unpack_codes,
+    unpack_factors,
+)
 from atomq.numerics.scales import stored_dtype, straight_through
 from atomq.numerics.weights import QuantizedWeight, weight_grid
 
@@ -48,8 +55,8 @@ def linear_specs(n_out: int, n_in: int, scheme: QuantScheme) -> dict[str, Tensor
     rows = -(-n_out // weights.channel_group)
     specs = {"qweight": TensorSpec((torch.uint8,), (n_out, packed_width(n_normal, weights.n_bits)))}
     if weights.scale_mode == "progressive":
-        specs["scale_base"] = TensorSpec((torch.float32,), (n_out,))
-        specs["scale_factors"] = TensorSpec((torch.uint8,), (n_out, groups))
+        specs["scale_base"] = TensorSpec(half_or_single, (n_out,))
+        specs["scale_factors"] = TensorSpec((torch.uint8,), (n_out, packed_width(groups, FACTOR_BITS)))
     else:
         specs["scales"] = TensorSpec(half_or_single, (rows, groups))
     if not weights.symmetric:
@@ -161,8 +168,8 @@ class QuantizedLinear(nn.Module):
         """Replace the float weight by codes, packed as they are stored."""
         stored: dict[str, torch.Tensor] = {"qweight": pack_codes(weight.codes, self.scheme.weights.n_bits)}
         if weight.base is not None and weight.factors is not None:
-            stored["scale_base"] = weight.base.to(torch.float32)
-            stored["scale_factors"] = weight.factors.to(torch.uint8)
+            stored["scale_base"] = weight.base.to(stored_dtype(weight.base))
+            stored["scale_factors"] = pack_factors(weight.factors)
         else:
             stored["scales"] = weight.scales.to(stored_dtype(weight.scales))
         if weight.zeros is not None:
@@ -190,8 +197,10 @@ class QuantizedLinear(nn.Module):
         buffers: dict[str, Any] = dict(self._buffers)
         weights, n_normal = self.scheme.weights, self.in_features - self.scheme.outliers.n_outliers
         codes = unpack_codes(buffers["qweight"], weights.n_bits, n_normal, weight_grid(weights).signed)
-        base, factors = buffers.get("scale_base"), buffers.get("scale_factors")
-        if base is not None and factors is not None:
+        base, factors = None, None
+        if weights.scale_mode == "progressive":
+            base = buffers["scale_base"].float()
+            factors = unpack_factors(buffers["scale_factors"], n_groups(n_normal, weights.group_size))
             scales = base.unsqueeze(-1) * factors.float()
         else:
             scales = buffers["scales"].float()

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import torch
 
+FACTOR_BITS = 4  # of a progressive scale's factor
+
 # Codes that fill a whole number of bytes together, and that number of bytes.
 _UNITS = {2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}
 
@@ -74,6 +76,20 @@ def unpack_codes(packed: torch.Tensor, n_bits: int, width: int, signed: bool) ->
         codes = torch.where(codes >= 2 ** (n_bits - 1), codes - 2**n_bits, codes)
     result: torch.Tensor = codes
     return result
+
+
+def pack_factors(factors: torch.Tensor) -> torch.Tensor:
+    """Pack factors 1..16 [..., G] as unsigned codes ``factor - 1`` of FACTOR_BITS."""
+    return pack_codes(factors.to(torch.int16) - 1, FACTOR_BITS)
+
+
+def unpack_factors(packed: torch.Tensor, n_groups: int) -> torch.Tensor:
+    """Factors 1..16 [..., n_groups] in uint8 of what `pack_factors` made.
+
+    Raises:
+        ValueError: as `unpack_codes`.
+    """
+    return unpack_codes(packed, FACTOR_BITS, n_groups, signed=False).to(torch.uint8) + 1
 
 
 def _check_bits(n_bits: int) -> None:

@@ -186,12 +186,14 @@ def _clip_ratios(highest: float, dtype: torch.dtype, device: torch.device) -> to
 def find_base_scales(
     normal: torch.Tensor, scheme: WeightScheme, clip_ratio: float, span: str
 ) -> torch.Tensor | None:
-    """Base scale of each row [N] from all normal columns [N, K-k] if the scheme is progressive, else None."""
+    """Base scale of each row [N] from all normal columns [N, K-k], rounded as it is stored, if the scheme is
+    progressive, else None.
+    """
     if scheme.scale_mode == "exact" or not n_groups(normal.shape[1], scheme.group_size):
         return None
     largest = normal.abs().amax(-1)
     scales = symmetric_scales(largest, clip_ratio, scale_divisor(weight_grid(scheme), span))
-    return progressive_base(scales.unsqueeze(-1))
+    return round_to_stored(progressive_base(scales.unsqueeze(-1)))
 
 
 def row_ranges(columns: torch.Tensor, channel_group: int) -> tuple[torch.Tensor, torch.Tensor]:

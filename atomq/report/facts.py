@@ -27,7 +27,9 @@ from atomq.formats.checkpoint import (
 )
 from atomq.formats.journal import CHOICE
 from atomq.formats.schema import parse_quantization_config
+from atomq.numerics.groups import n_groups
 from atomq.numerics.linear import TensorSpec
+from atomq.numerics.packing import unpack_factors
 from atomq.presets import stored_recipe_name
 
 REPORT_VERSION = 1
@@ -150,7 +152,7 @@ def gather(folder: Path) -> Report:
         warnings=[*map(str, manifest["warnings"]), *unreadable],
         linears=linears,
         outliers=_outlier_maps(folder, headers, scheme),
-        scales=_scale_histograms(folder, headers),
+        scales=_scale_histograms(folder, headers, scheme),
         starved=run.get("starved_experts") or {},
         records=records,
         about=about | {"host": run.get("host"), "scheme": config.get("scheme")},
@@ -262,7 +264,9 @@ def _outlier_maps(folder: Path, headers: Mapping[str, TensorSpec], scheme: Quant
     return [OutlierMap(kind, widths[kind], channels) for kind, channels in found.items()]
 
 
-def _scale_histograms(folder: Path, headers: Mapping[str, TensorSpec]) -> list[ScaleHistogram]:
+def _scale_histograms(
+    folder: Path, headers: Mapping[str, TensorSpec], scheme: QuantScheme
+) -> list[ScaleHistogram]:
     """Of `scales`, or of `scale_base` x `scale_factors` where scales are progressive."""
     names = {name for name in headers if name.endswith((".scales", ".scale_base", ".scale_factors"))}
     bases: dict[str, torch.Tensor] = {}
@@ -272,8 +276,12 @@ def _scale_histograms(folder: Path, headers: Mapping[str, TensorSpec]) -> list[S
         if suffix == "scale_base":
             bases[owner] = tensor
             continue
-        scales = bases.pop(owner)[:, None] * tensor if suffix == "scale_factors" else tensor
-        usable = scales.float().nan_to_num(0.0).clamp(2.0**-126, 2.0**126)  # whatever a file may hold
+        scales = tensor.float()
+        if suffix == "scale_factors":
+            n_codes = 8 * headers[f"{owner}.qweight"].shape[-1] // scheme.weights.n_bits
+            factors = unpack_factors(tensor, n_groups(n_codes, scheme.weights.group_size))
+            scales = bases.pop(owner).float()[:, None] * factors
+        usable = scales.nan_to_num(0.0).clamp(2.0**-126, 2.0**126)  # whatever a file may hold
         positions = (usable.log2() * BINS_PER_OCTAVE).floor().long().flatten()
         first = int(positions.min())
         of_kind = counts.setdefault(block_and_kind(owner)[1], {})

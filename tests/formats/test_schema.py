@@ -18,6 +18,7 @@ from atomq.formats.schema import (
     quantization_config,
 )
 from atomq.models.families import FAMILIES, LinearShape
+from atomq.presets import PRESETS
 
 U8, I8, I32, F16, F32 = torch.uint8, torch.int8, torch.int32, torch.float16, torch.float32
 HALF, FLOAT = (F16, F32), (F32, F16, torch.bfloat16)
@@ -32,8 +33,8 @@ EXPECTED = {
     "atom": {"qweight": ((U8,), (9, 22)), "scales": (HALF, (5, 3)), **INT8_OUTLIERS},
     "progressive": {
         "qweight": ((U8,), (9, 22)),
-        "scale_base": ((F32,), (9,)),
-        "scale_factors": ((U8,), (9, 3)),
+        "scale_base": (HALF, (9,)),
+        "scale_factors": ((U8,), (9, 2)),
         **INT8_OUTLIERS,
     },
     "asymmetric": {
@@ -95,7 +96,7 @@ def test_every_scheme_has_exactly_its_tensors(name):
 def test_the_bytes_of_the_linears_are_those_of_their_tensors_with_f16_scales():
     scheme = recipe_of("asymmetric").scheme
     assert code_bytes(scheme, SHAPES) == 2 * (9 * 22 + 2 * 5 * 3 + 5 * 3 + 9 * 5 + 2 * 9)
-    assert code_bytes(recipe_of("progressive").scheme, SHAPES) == 2 * (9 * 22 + 4 * 9 + 9 * 3 + 9 * 5 + 2 * 9)
+    assert code_bytes(recipe_of("progressive").scheme, SHAPES) == 2 * (9 * 22 + 2 * 9 + 9 * 2 + 9 * 5 + 2 * 9)
     assert code_bytes(recipe_of("w16a4").scheme, SHAPES) == 2 * 2 * 9 * 48
 
 
@@ -120,6 +121,18 @@ def test_effective_bits_of_activations_count_base_factors_zeros_and_outliers():
     assert activation_bits("e4m3 outliers") == (43 * 4 + 3 * 32 + 5 * 8) / 48
     assert activation_bits("w8a8") == (48 * 8 + 32) / 48
     assert activation_bits("w4a16") == 16
+
+
+def test_no_preset_of_four_bits_takes_more_than_atom():
+    """The linears of SmolLM2-135M: the narrowest that a base for each row must pay for itself on."""
+    widths = ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536))
+    shapes = {f"{OWNER}{i}": LinearShape(*width, has_bias=False) for i, width in enumerate(widths)}
+    bits = {
+        name: effective_bits(PRESETS[name].scheme, shapes, head_dim=64)
+        for name in ("atom", "atomq", "atomq-fast")
+    }
+    assert bits["atomq"] == bits["atom"]
+    assert all(bits["atomq-fast"][part] <= bits["atom"][part] for part in bits["atom"])
 
 
 def test_16_bit_heads_cost_16_bits():

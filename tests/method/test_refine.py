@@ -90,7 +90,10 @@ def test_refining_lowers_the_error_and_stores_what_it_computes(settings):
     for linear in refined.modules():
         if isinstance(linear, QuantizedLinear):
             assert linear.learned_weight is None
-            assert linear.quantized_weight().codes.abs().max() <= 8
+            stored = linear.quantized_weight()
+            assert stored.codes.abs().max() <= 8
+            learned = stored.scales if stored.base is None else stored.base
+            assert torch.equal(learned, learned.half().float())
     assert not any(p.requires_grad for p in refined.parameters() if p.grad is not None)
 
 

@@ -159,9 +159,12 @@ def group_scales(columns, config, clip_ratio: float, span: str, base=None, real=
 
 
 def base_scales(rows, config, clip_ratio: float, span: str, real=np.float64):
-    """Float32 base of each row: the scale of the whole row over 16."""
+    """Base of each row as it is stored: the scale of the whole row over 16, in float32, then F16."""
     return [
-        np.float32(symmetric_scale(max(abs(v) for v in row), config, clip_ratio, span, real) / real(16))
+        stored_scale(
+            real(np.float32(symmetric_scale(max(map(abs, row)), config, clip_ratio, span, real) / real(16))),
+            real,
+        )
         for row in rows
     ]
 

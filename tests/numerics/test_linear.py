@@ -144,7 +144,9 @@ def stored_row(tensors: dict[str, np.ndarray], out: int, scheme: QuantScheme) ->
     n_normal, row = N_IN - outliers.n_outliers, out // weights.channel_group
     codes = naive.unpack_row(bytes(tensors["qweight"][out]), weights.n_bits, n_normal, signed)
     if weights.scale_mode == "progressive":
-        scales = tensors["scale_base"][out] * tensors["scale_factors"][out].astype(np.float32)
+        n_groups = len(naive.bounds(n_normal, weights.group_size))
+        factors = naive.unpack_row(bytes(tensors["scale_factors"][out]), 4, n_groups, signed=False)
+        scales = np.float32(tensors["scale_base"][out]) * (np.array(factors, dtype=np.float32) + 1)
     else:
         scales = tensors["scales"][row]
     last = np.empty(0)
@@ -388,7 +390,7 @@ def test_a_small_progressive_linear_is_stored_in_the_bytes_written_out_by_hand()
     linear.set_codes(rtn_quantize(weight, scheme, SolverConfig(method="rtn")))
     stored = {name: tensor.numpy().tobytes().hex(" ") for name, tensor in linear.state_dict().items()}
     # codes 3 -2 2 -1 3 = 011 110 010 111 011
-    assert stored == {"qweight": "b3 3e", "scale_base": "00 00 80 3f", "scale_factors": "10 04 01"}
+    assert stored == {"qweight": "b3 3e", "scale_base": "00 3c", "scale_factors": "3f 00"}
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from numerics import naive
 
-from atomq.numerics.packing import pack_codes, packed_width, unpack_codes
+from atomq.numerics.packing import pack_codes, pack_factors, packed_width, unpack_codes, unpack_factors
 
 BITS = (2, 3, 4, 8)
 WIDTHS = (1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 63, 64, 448, 449)
@@ -124,6 +124,17 @@ def test_codes_that_do_not_fit_are_refused(n_bits, code, message):
 def test_rows_of_another_length_or_dtype_are_refused(packed, n_bits, width, message):
     with pytest.raises(ValueError, match=message):
         unpack_codes(packed, n_bits, width, signed=True)
+
+
+def test_factors_are_nibbles_less_one():
+    factors = torch.tensor([[1, 16, 3], [2, 9, 16]], dtype=torch.float32)
+    packed = pack_factors(factors)
+    assert packed.tolist() == [[0xF0, 0x02], [0x81, 0x0F]]
+    unpacked = unpack_factors(packed, 3)
+    assert unpacked.dtype == torch.uint8
+    assert torch.equal(unpacked.float(), factors)
+    with pytest.raises(ValueError, match="1 bytes of uint8 a row, not 2"):
+        unpack_factors(packed, 2)
 
 
 def test_packed_width_counts_started_bytes():
