@@ -64,6 +64,26 @@ PRESETS: dict[str, Recipe] = {
         ),
         SolverConfig(method="gptq", clip_ratio=0.85, scale_span="half", damp_frac=0.01),
     ),
+    # `atomq` with the KV cache in 16 bits: both operands at three bits, or activations at eight, which lose
+    # more by a clip than by a wider grid.
+    "w3a3": Recipe(
+        QuantScheme(
+            WeightScheme(n_bits=3, group_size=128, channel_group=2),
+            ActivationScheme(n_bits=3, group_size=128, clip_ratio=0.9),
+            _OUTLIERS,
+            transform="hadamard",
+        ),
+        _SOLVER,
+    ),
+    "w4a8": Recipe(
+        QuantScheme(
+            WeightScheme(n_bits=4, group_size=128, channel_group=2),
+            ActivationScheme(n_bits=8, group_size=128),
+            _OUTLIERS,
+            transform="hadamard",
+        ),
+        _SOLVER,
+    ),
     # INT4 weights with INT8 outlier channels; activations and KV cache in 16 bits.
     "w4a16-int8": Recipe(
         QuantScheme(
@@ -122,9 +142,11 @@ PRESET_HELP = {
     "atomq": "W4A4KV4 at the bits of atom with a third of its loss",
     "atomq-fast": "the same with progressive scales, for the fastest GEMM",
     "atom": "the Atom paper's W4A4KV4: groups of 128, 128 INT8 outlier channels, GPTQ",
+    "w3a3": "the levers of atomq at three bits; 16-bit KV cache",
+    "w4a8": "the levers of atomq with 8-bit activations; 16-bit KV cache",
     "w4a16-int8": "INT4 weights, 128 INT8 outlier channels; 16-bit activations",
     "rtn": "W4A4 rounded to nearest, no outliers: the baseline; no calibration",
-    "ct-w4a4": "W4A4 of the rotated model without outliers, for atomq export --format compressed-tensors",
+    "ct-w4a4": "W4A4 of the rotated model without outliers, to export to compressed-tensors",
     "w4a16": "INT4 weights without outliers by GPTQ, 16-bit activations; exports to GPTQ files",
     "w8a8": "INT8 per row and per token, rounded to nearest; no calibration",
 }

@@ -42,11 +42,8 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
     "atom KV16": ("atom", [KV16]),
     "atomq-fast": ("atomq-fast", []),
     "w4a16-int8": ("w4a16-int8", []),
-    "atomq W4A8": ("atomq", ["activations.n_bits=8", "activations.clip_ratio=1"]),
-    "atomq W3A3 KV16": (
-        "atomq",
-        ["weights.n_bits=3", "activations.n_bits=3", KV16, "kv.key_offset=false"],
-    ),
+    "w4a8": ("w4a8", []),
+    "w3a3": ("w3a3", []),
     "atom W3A3 KV16": ("atom", ["weights.n_bits=3", "activations.n_bits=3", KV16]),
     "w4a16": ("w4a16", []),
     "w8a8": ("w8a8", []),

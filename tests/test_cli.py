@@ -629,7 +629,10 @@ def test_evaluation_sizes_below_one_are_refused(refused, tiny_dir, text_file):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--preset", "gptq"], "unknown preset 'gptq'; presets are atomq, atomq-fast, atom, w4a16-int8"),
+        (
+            ["--preset", "gptq"],
+            "unknown preset 'gptq'; presets are atomq, atomq-fast, atom, w3a3, w4a8, w4a16-int8",
+        ),
         (["--w-bits", 5], "weights.n_bits=5 must be one of 2, 3, 4, 8 or 16"),
         (["--kv-bits", 1], "kv.n_bits=1 must be one of"),
         (["--group-size", 0], "weights.group_size=0 must be at least 1"),

@@ -327,6 +327,17 @@ def test_all_setting_names_can_be_overridden_with_their_own_value():
     assert override(recipe, as_text) == recipe
 
 
+def test_presets_of_other_widths_are_atomq_but_for_bits_and_clip():
+    atomq = PRESETS["atomq"]
+    for name, w_bits, a_bits, clip in (("w3a3", 3, 3, 0.9), ("w4a8", 4, 8, 1.0)):
+        changes = {"weights.n_bits": w_bits, "activations.n_bits": a_bits, "activations.clip_ratio": clip}
+        expected = override(atomq, changes)
+        found = PRESETS[name]
+        assert dataclasses.replace(found.scheme, kv=atomq.scheme.kv) == expected.scheme
+        assert found.scheme.kv == KVScheme()
+        assert found.solver == atomq.solver
+
+
 @pytest.mark.parametrize(
     ("recipe", "needs"),
     [

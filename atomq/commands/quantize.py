@@ -33,7 +33,7 @@ HELP = f"Quantize MODEL and write the checkpoint OUT.\n\nPresets:\n\n{PRESETS_TE
 def command(
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
-    preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESET_HELP)}.")] = DEFAULT_PRESET,
+    preset: Annotated[str, typer.Option(help="One of those above.")] = DEFAULT_PRESET,
     w_bits: Annotated[int | None, typer.Option(help="Weights: 2, 3, 4, 8 or 16.")] = None,
     a_bits: Annotated[int | None, typer.Option(help="Activations: 2, 3, 4, 8 or 16.")] = None,
     kv_bits: Annotated[int | None, typer.Option(help="KV cache: 2, 3, 4, 8 or 16.")] = None,
@@ -41,7 +41,7 @@ def command(
     n_outliers: Annotated[int | None, typer.Option(help="Outlier channels per linear input.")] = None,
     refine: Annotated[
         bool,
-        typer.Option("--refine", help="Learn each block's codes and scales together; takes minutes more."),
+        typer.Option("--refine", help="Learn each block's codes and scales together; minutes more."),
     ] = False,
     rotate: Annotated[
         str | None,

@@ -13,7 +13,15 @@ BITS = {"weight": 4.25, "activation": 4.5, "kv": 5.0}
 
 
 @pytest.mark.parametrize(
-    ("preset", "name"), [("atom", "W4A4KV4"), ("rtn", "W4A4"), ("w4a16", "W4A16"), ("w8a8", "W8A8")]
+    ("preset", "name"),
+    [
+        ("atom", "W4A4KV4"),
+        ("rtn", "W4A4"),
+        ("w3a3", "W3A3"),
+        ("w4a8", "W4A8"),
+        ("w4a16", "W4A16"),
+        ("w8a8", "W8A8"),
+    ],
 )
 def test_the_name_says_the_bits(preset, name):
     assert scheme_name(PRESETS[preset].scheme) == name
