@@ -158,6 +158,8 @@ LIBRARIES = {
     "pyarrow": {"eval.corpora": LAZILY},
     "cupy": {"kernels.loader": LAZILY, "kernels.probe": LAZILY},
     "humming": {"eval.gemm_peers": LAZILY},
+    "flash_attn": {"eval.attention_peers": LAZILY},
+    "flashinfer": {"eval.attention_peers": LAZILY},
     "cuda": {"kernels.loader": LAZILY},
 }
 WEAKER = {ALWAYS: {ALWAYS, LAZILY, TYPES}, LAZILY: {LAZILY, TYPES}, TYPES: {TYPES}}

@@ -42,7 +42,11 @@ def command(
     ] = None,
     prefill: Annotated[bool, typer.Option(help="Time a prompt of --context tokens, too.")] = True,
     attention: Annotated[
-        bool, typer.Option("--attention", help="Time decode attention alone, beside torch's.")
+        bool,
+        typer.Option(
+            "--attention",
+            help="Time decode attention alone, beside torch's, FlashAttention's and FlashInfer's.",
+        ),
     ] = False,
     profile: Annotated[
         bool, typer.Option("--profile", help="Say how much of a step is products, attention, launches, ...")
@@ -235,11 +239,12 @@ def _trace(decoders: dict[str, Decoder], steps: list[Step], n_requests: int, see
 
 def _measure_attention(shape: DecoderShape, context: int, ceiling: Ceiling) -> list[dict[str, Any]]:
     from atomq.eval import attention_bench
+    from atomq.eval.attention_peers import Case
 
     left_out: list[str] = []
     results = []
     group = shape.n_heads // shape.n_kv_heads
-    case = attention_bench.Case(128, context, shape.n_kv_heads, group, shape.head_dim)
+    case = Case(128, context, shape.n_kv_heads, group, shape.head_dim)
     try:
         for result in attention_bench.bench(case, ceiling.bandwidth, left_out.append):
             results.append(result.to_dict())
