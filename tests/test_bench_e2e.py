@@ -227,6 +227,20 @@ def test_a_trace_serves_every_request(n_pages):
     assert result.to_dict()["tokens_per_s"] == pytest.approx(20 / result.seconds)
 
 
+def test_a_trace_reads_prompts_of_many_lengths_before_its_clock_starts(monkeypatch):
+    decoder = tiny_decoder("fp16", n_layers=1)
+    read: list[int] = []
+    prefill = type(decoder).prefill
+
+    def watched(self, prompts, rows, cache):
+        read.append(sum(map(len, prompts)))
+        return prefill(self, prompts, rows, cache)
+
+    monkeypatch.setattr(type(decoder), "prefill", watched)
+    run_trace(decoder, [Request(20, 2), Request(30, 2), Request(9, 1)], 2)
+    assert read == [8, 16, 24, 32, 40, 48, 50, 9]
+
+
 def test_attention_is_timed_for_every_cache_that_a_head_allows():
     assert len(layouts(8, 128)) == 6
     assert "int4 before RoPE, Hadamard" not in layouts(8, 96)

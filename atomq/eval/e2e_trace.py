@@ -18,11 +18,13 @@ from typing import Any
 
 import torch
 
+from atomq.kernels.kv_pages import PAGE_TOKENS
 from atomq.runtime.decoder import Cache, Decoder, pages_for
 from atomq.runtime.generate import Stepper
 
 _SIGMA, _LOCATION, _SCALE = 0.8, -1.0, 18.0  # of the log-normal prompt lengths
 _TOTAL_TOKENS = 2048
+_COMPILED_TOKENS = (*range(8, 256, 8), 256, 512, 1024, 2048)
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,15 @@ def run_trace(
 ) -> TraceResult:
     """Serve all requests with at most `n_rows` at a time.
 
-    The pages are those that `memory` uint8 holds; None takes enough for every row's longest.
+    The pages are those that `memory` uint8 holds; None takes enough for the longest of every row. Kernels are
+    compiled before the clock starts.
     """
     longest = max(request.n_prompt + request.n_new for request in requests)
     per_page = decoder.layout.n_heads * decoder.layout.page_bytes * len(decoder.blocks)
     n_pages = n_rows * pages_for(longest) if memory is None else len(memory) // per_page
     cache = Cache(decoder, n_rows, longest, min(n_pages, n_rows * pages_for(longest)), memory)
     stepper = Stepper(decoder, cache)
+    _compile(decoder, cache, sum(sorted((r.n_prompt for r in requests), reverse=True)[:n_rows]))
     waiting, free = deque(enumerate(requests)), list(range(n_rows))[::-1]
     left: dict[int, tuple[int, int]] = {}  # row -> request, tokens still to come
     entered: dict[int, float] = {}
@@ -132,6 +136,17 @@ def run_trace(
         token_p50_ms=1e3 * statistics.median(token_seconds),
         token_p99_ms=1e3 * _percentile_99(token_seconds),
     )
+
+
+def _compile(decoder: Decoder, cache: Cache, most_tokens: int) -> None:
+    """Read prompts of all lengths that choose other kernels: up to `most_tokens` together, in row 0."""
+    per_row = cache.table.shape[1] * PAGE_TOKENS
+    for n_tokens in (n for n in _COMPILED_TOKENS if n <= min(most_tokens, per_row)):
+        if cache.n_free < pages_for(n_tokens):
+            break
+        cache.give(0, n_tokens)
+        decoder.prefill([torch.ones(n_tokens, dtype=torch.int64, device=decoder.device)], [0], cache)
+        cache.take_back(0)
 
 
 def _percentile_99(values: list[float]) -> float:
