@@ -175,19 +175,21 @@ def main() -> None:
             sys.stdout.write(line + "\n")
         return
     version = subprocess.run(["compute-sanitizer", "--version"], capture_output=True, text=True, check=True)
-    record = {
+    record: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "commit": options.commit,
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "sanitizer": version.stdout.split()[-1],
-        "tools": {tool: sanitize(tool) for tool in TOOLS},
+        "tools": {},
     }
-    text = json.dumps(record, indent=1) + "\n"
+    for tool in TOOLS:
+        record["tools"][tool] = sanitize(tool)
+        text = json.dumps(record, indent=1) + "\n"
+        if options.save:
+            options.save.write_text(text, encoding="utf-8")
     sys.stdout.write(text)
-    if options.save:
-        options.save.write_text(text, encoding="utf-8")
     sys.exit(any(found["exit_code"] for found in record["tools"].values()))
 
 
