@@ -50,25 +50,36 @@ PASSES = [[1, 2, 4, 8, 16, 32, 64], [128, 256, 1024, 4096]]
 QUANTIZE_TOKENS, QUANTIZE_CHANNELS = 4096, (4096, 28672)
 
 
-def measure(path: Path, commit: str) -> dict[str, Any]:
-    """Run everything; the record is written after every shape, results go to stderr as they come."""
+def measure(path: Path, commit: str, from_tokens: int) -> dict[str, Any]:
+    """Run the passes of `from_tokens` and more; what the record has of fewer tokens stays.
+
+    The record is written after every shape, results go to stderr as they come. Its "runs" say which commit
+    measured which numbers of tokens; the rest of its head is that of the last run.
+    """
+    passes = [tokens for tokens in PASSES if tokens[0] >= from_tokens]
+    now_measured = [n for tokens in passes for n in tokens]
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"runs": [], "results": []}
     candidates, left_out = usable(all_candidates())
     ceilings = measure_ceilings()
-    record = {
+    run: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "commit": commit,
+        "tokens": now_measured,
+        "driver_clock_power_before": driver_clock_power(),
+    }
+    record: dict[str, Any] = {
         **environment(ceilings),
         "cupy": cupy.__version__,
         "nvrtc": ".".join(map(str, cupy.cuda.nvrtc.getVersion())),
         "humming": installed_version("humming-kernels"),
         "left_out": left_out,
-        "driver_clock_power_before": driver_clock_power(),
         "group_size": 128,
         "n_outliers": 128,
-        "results": [],
+        "runs": [*earlier["runs"], run],
+        "results": [result for result in earlier["results"] if result["n_tokens"] not in now_measured],
     }
     started = time.perf_counter()
-    for tokens in PASSES:
+    for tokens in passes:
         for shape in SHAPES:
             for result in bench([shape], tokens, candidates, ceilings, left_out.append):
                 record["results"].append(result.to_dict())
@@ -76,8 +87,8 @@ def measure(path: Path, commit: str) -> dict[str, Any]:
             sys.stderr.write(f"{shape[0]}x{shape[1]}, {tokens[0]} to {tokens[-1]} tokens: {took}\n")
             path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     record["quantize"] = list(measure_quantize(ceilings))
-    record["driver_clock_power_after"] = driver_clock_power()
-    record["seconds"] = time.perf_counter() - started
+    run["driver_clock_power_after"] = driver_clock_power()
+    run["seconds"] = time.perf_counter() - started
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
 
@@ -140,9 +151,10 @@ def main() -> None:
     parser.add_argument("--save", type=Path)
     parser.add_argument("--table", type=Path)
     parser.add_argument("--commit", default="")
+    parser.add_argument("--from-tokens", type=int, default=1, help="leave passes of fewer tokens as they are")
     options = parser.parse_args()
     if options.save:
-        measure(options.save, options.commit)
+        measure(options.save, options.commit, options.from_tokens)
     if options.table or options.save:
         record = json.loads((options.table or options.save).read_text(encoding="utf-8"))
         sys.stdout.write("\n\n".join((table(record), quantize_table(record), check_goals(record))) + "\n")

@@ -47,7 +47,10 @@ constexpr int FULL_AT = TEAM_SUMS_AT + TEAM_SUM_BYTES;  // a barrier for each st
 constexpr int EMPTY_AT = FULL_AT + 8 * ALL_STAGES;      // and one that says it is empty
 constexpr int OUTLIER_LIMIT = ROW_BLOCKS > 1 ? 32 : 64;  // what the registers leave room for
 constexpr int OUTLIER_CHUNK = CHUNK_TOKENS < OUTLIER_LIMIT ? CHUNK_TOKENS : OUTLIER_LIMIT;
-constexpr bool READS_PAIRS = TILE_TOKENS > 64 && ROW_BLOCKS == 1 && GROUP_SIZE == 128;  // or it would spill
+// Two teams of tall tiles hide each other's promotion; others promote one buffer of sums while the next is filled.
+constexpr int SUM_BUFFERS = K_TEAMS == 2 && ROW_BLOCKS == 2 ? 1 : 2;
+constexpr bool READS_PAIRS =  // others would spill
+    TILE_TOKENS > 64 && GROUP_SIZE == 128 && (ROW_BLOCKS == 1 || SUM_BUFFERS == 1);
 constexpr float UNIT = PROGRESSIVE ? 1.0f : EXACT_UNIT;
 
 static_assert(PROGRESSIVE ? SCALE_BYTES == 1 : SCALE_BYTES == 2 || SCALE_BYTES == 4, "bytes of a group scale");
@@ -206,9 +209,9 @@ __device__ __forceinline__ void scale_total(float (&total)[SUMS], float2 channel
 }
 
 // Slots whose sums are promoted group by group: INT4 with exact scales, and the outliers of both modes. A quantum is
-// one group x one panel x CHUNK tokens; while the tensor cores work on one, the one before is promoted. The pipeline
-// drains where a panel's weights are unpacked, which saves 16 registers and leaves the tensor cores to the other
-// warpgroup for a moment. `fixed_scales` are the channel scales that groups do not have: the outliers' scales, or the
+// one group x one panel x CHUNK tokens; with two buffers, one is promoted while the tensor cores work on the next. The
+// pipeline drains where a panel's weights are unpacked, which saves 16 registers and leaves the tensor cores to the
+// other warpgroup for a moment. `fixed_scales` are the channel scales that groups do not have: the outliers' scales, or the
 // base scales of progressive weights.
 template <bool OUTLIERS, int CHUNK>
 __device__ __forceinline__ void run_promoted(Consumer &self, int n_slots, int begin, int end,
@@ -217,18 +220,18 @@ __device__ __forceinline__ void run_promoted(Consumer &self, int n_slots, int be
     constexpr int GROUPS = OUTLIERS ? 1 : Weights::groups;
     constexpr int STEPS = (OUTLIERS ? 2 : 4) / GROUPS;
     constexpr int CHUNKS = TILE_TOKENS / CHUNK;
-    constexpr int PER_BLOCK = GROUPS * CHUNKS;
+    constexpr int PER_BLOCK = GROUPS * CHUNKS, LAST = ROW_BLOCKS * PER_BLOCK - 1;
     for (int slot = own_slot(begin, self.team); slot < end; slot += K_TEAMS) {
         const unsigned char *stage = self.wait();
         const float *tokens = reinterpret_cast<const float *>(stage + SCALES_AT) + self.token;
         const unsigned tile = swizzled_tile(shared_address(stage)) + (OUTLIERS ? (slot - n_slots & 1) * 4 : 0);
-        int sums[2][CHUNK / 2];
+        int sums[SUM_BUFFERS][CHUNK / 2];
         float2 scales[ROW_BLOCKS][GROUPS] = {};
         auto promote_quantum = [&](int q) {
             const int block = q / PER_BLOCK, group = q / CHUNKS % GROUPS, chunk = q % CHUNKS;
-            pin(sums[q & 1]);
+            pin(sums[q % SUM_BUFFERS]);
             promote<OUTLIERS || !PROGRESSIVE, OUTLIERS || !TOKEN_BASE>(
-                &total[block][chunk * (CHUNK / 2)], sums[q & 1], scales[block][group],
+                &total[block][chunk * (CHUNK / 2)], sums[q % SUM_BUFFERS], scales[block][group],
                 tokens + group * TILE_TOKENS + chunk * CHUNK);
         };
 #pragma unroll
@@ -245,15 +248,20 @@ __device__ __forceinline__ void run_promoted(Consumer &self, int n_slots, int be
                 wgmma_fence();
 #pragma unroll
                 for (int step = group * STEPS; step < (group + 1) * STEPS; ++step)
-                    Wgmma<CHUNK>::run(sums[q & 1], a[step], tile + chunk * (CHUNK * SLOT_INPUTS / 16) + 2 * step,
-                                      step > group * STEPS);
+                    Wgmma<CHUNK>::run(sums[q % SUM_BUFFERS], a[step],
+                                      tile + chunk * (CHUNK * SLOT_INPUTS / 16) + 2 * step, step > group * STEPS);
                 wgmma_commit();
-                if (i > 0) wgmma_wait<1>();
-                if (q > 0) promote_quantum(q - 1);
+                if constexpr (SUM_BUFFERS == 1) {
+                    wgmma_wait<0>();
+                    if (q < LAST) promote_quantum(q);
+                } else {
+                    if (i > 0) wgmma_wait<1>();
+                    if (q > 0) promote_quantum(q - 1);
+                }
             }
             wgmma_wait<0>();
         }
-        promote_quantum(ROW_BLOCKS * PER_BLOCK - 1);
+        promote_quantum(LAST);
         if (!OUTLIERS && (PROGRESSIVE || TOKEN_BASE) && slot + K_TEAMS >= end) {
 #pragma unroll
             for (int block = 0; block < ROW_BLOCKS; ++block)

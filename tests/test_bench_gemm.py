@@ -122,17 +122,17 @@ def _fake_gpu(monkeypatch):
 
 
 @pytest.mark.usefixtures("_fake_gpu")
-def test_products_of_many_tokens_are_timed_in_long_turns(monkeypatch):
+def test_products_of_many_tokens_are_timed_in_more_rounds_and_long_turns(monkeypatch):
     clock, taken = gemm_bench.time_in_turns, []
 
     def noted(candidates, rounds=3, turn=SHORT_TURN):
-        taken.append((len(candidates), turn))
+        taken.append((len(candidates), rounds, turn))
         return clock(candidates)
 
     monkeypatch.setattr(gemm_bench, "time_in_turns", noted)
     fp16 = [FakeCandidate("fp16", max_tokens=1024)]  # its work includes no quantization
-    list(gemm_bench.bench([(100, 200)], [256, 1024], fp16, Ceilings(3e9, 1e12), pytest.fail))
-    assert [turn for count, turn in taken if count] == [SHORT_TURN, LONG_TURN]
+    list(gemm_bench.bench([(100, 200)], [64, 256, 1024], fp16, Ceilings(3e9, 1e12), pytest.fail))
+    assert [how for count, *how in taken if count] == [[3, SHORT_TURN], [6, SHORT_TURN], [6, LONG_TURN]]
 
 
 @pytest.mark.parametrize("count", [2, 3, 10])

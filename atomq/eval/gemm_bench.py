@@ -23,7 +23,15 @@ from atomq.errors import KernelError
 from atomq.eval.gemm_candidates import Candidate, Prepared, Work, plugged_in
 from atomq.eval.gemm_kernels import MODES, KernelCandidate
 from atomq.eval.gemm_peers import HUMMING_PEERS, TORCH_PEERS
-from atomq.eval.gemm_timing import LONG_TURN, SHORT_TURN, Launch, Timing, describe_method, time_in_turns
+from atomq.eval.gemm_timing import (
+    LONG_TURN,
+    ROUNDS,
+    SHORT_TURN,
+    Launch,
+    Timing,
+    describe_method,
+    time_in_turns,
+)
 
 MODEL_SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
     "llama-2-7b": ((4096, 4096), (11008, 4096), (4096, 11008)),
@@ -41,7 +49,9 @@ MODEL_SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
 _INT8_OPERATIONS = {(8, 0): 624e12, (9, 0): 1979e12}
 """Dense INT8 operations per second by compute capability, from NVIDIA's data sheets (A100, H100)."""
 _COPY_BYTES = 1 << 29
-_POWER_BOUND_TOKENS = 1024  # from here on a product of a large model draws all the power that an H100 may
+# On an H100 a large model's products lose up to a fifth of their clock in one turn of three from 128 tokens
+# on, and draw all the power they may from 1024 on.
+_WARM_TOKENS, _POWER_BOUND_TOKENS = 128, 1024
 
 
 @dataclass(frozen=True)
@@ -171,7 +181,8 @@ def _time(
 ) -> Iterator[Result]:
     wholes = [work.whole for _, work in works if work.whole is not None]
     turn = LONG_TURN if sizes[2] >= _POWER_BOUND_TOKENS else SHORT_TURN
-    timings = time_in_turns([work.launches for _, work in works], turn=turn)
+    rounds = ROUNDS if sizes[2] < _WARM_TOKENS else 2 * ROUNDS
+    timings = time_in_turns([work.launches for _, work in works], rounds, turn)
     with_quantization = iter(time_in_turns(wholes, rounds=1))
     for (candidate, work), timing in zip(works, timings, strict=True):
         yield Result(

@@ -89,12 +89,10 @@ def choose_tile(
     n_records = n_panels * n_slots
     if n_tokens <= 128:
         # Two panels for each warpgroup make fewer tiles: whole ones, where there are enough for the machine.
-        # Exact scales on many panels have three warpgroups instead, which hide each other's latencies.
+        # With exact scales two teams of one warpgroup hide each other's promotion.
         fits = group_size == 128 and (token_base or not progressive) and out_dtype != torch.float32
         row_blocks = 2 if fits and n_records >= MANY_RECORDS else 1
         if row_blocks == 2 and not token_base:
-            if n_panels > FEW_PANELS:
-                return Tile(128, 32, n_warpgroups=3, row_blocks=1, consumer_registers=152)
             return Tile(128, chunk, n_warpgroups=1, row_blocks=2, consumer_registers=232, k_teams=2)
         return Tile(128, chunk, n_warpgroups=2, row_blocks=row_blocks, consumer_registers=232)
     n_tiles = -(-n_tokens // 256)
