@@ -18,6 +18,7 @@ from atomq.block_quantizer import LinearReport
 from atomq.config import CalibrationConfig, Recipe
 from atomq.errors import ConfigError
 from atomq.eval.windows import TokenWindows, calibration_windows
+from atomq.memory import give_back_large_ones
 from atomq.models.experts import ExpertRouting
 from atomq.models.families import ModelFamily, find_family
 from atomq.models.loading import load_tokenizer, open_float_model
@@ -48,6 +49,7 @@ def assist(model_name: str, recipe: Recipe, device: torch.device, calibration: C
     Raises:
         AtomqError: the same bad input as there.
     """
+    give_back_large_ones()
     source = resolve_source(model_name)
     windows = cut_windows(load_tokenizer(source), calibration) if recipe.needs_calibration else None
 

@@ -45,6 +45,10 @@ app = typer.Typer(
 )
 
 
+# How often OpenMP's threads look for work before they sleep. Unless told, as many threads as cores look for
+# milliseconds, which makes small operations many times slower on cores that others use too.
+_SPINS = "1000"
+
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 
 
@@ -106,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     ATOMQ_DEBUG=1 shows the traceback of an error.
     """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)  # read when torch is loaded, which is later
     try:
         app(args=None if argv is None else list(argv), prog_name="atomq")
     except SystemExit as end:

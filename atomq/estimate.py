@@ -19,18 +19,20 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from atomq.assist import cut_windows, expert_routing
+from atomq.background import Background
 from atomq.block_loop import calibrate_blocks, check_widths, quantize_blocks
 from atomq.config import FLOAT_BITS, CalibrationConfig, Recipe
 from atomq.errors import ConfigError
 from atomq.formats.files import write_file
 from atomq.formats.journal import Hashed
 from atomq.formats.shards import ShardTensor, shard_bytes, whole
-from atomq.memory import PeakMemory, free_bytes, held_bytes
+from atomq.memory import PeakMemory, free_bytes, give_back_large_ones, held_bytes
 from atomq.models.blocks import blocks_of, bytes_between_blocks, keep_first_blocks, linear_shapes
 from atomq.models.families import ModelFamily, find_family
 from atomq.models.loading import companions, load_tokenizer, open_float_model
 from atomq.models.source import ModelSource, resolve_source, source_hash
-from atomq.models.streaming import StoredWeights, tensors_to_store
+from atomq.models.streaming import tensors_to_store
+from atomq.pipeline import tensors_outside_blocks
 from atomq.progress import OnProgress, silently
 from atomq.rotation_choice import settle_rotation
 
@@ -96,6 +98,7 @@ def estimate(
     """
     began = time.perf_counter()
     calibration = calibration or CalibrationConfig()
+    give_back_large_ones()
     source = resolve_source(model_name)
     with PeakMemory(device) as peak:  # of the preparations too: cutting a long text may take the most
         tokenizer = load_tokenizer(source)
@@ -119,16 +122,17 @@ def estimate(
         source_hash(source)
         loading = time.perf_counter() - began - (settled - settling)
 
-        outer_bytes = _bytes_outside_blocks(model, family, weights)
+        outside = tensors_outside_blocks(model, family, weights)
+        outer_bytes = sum(tensor.n_bytes for tensor in outside.values())
         place = next(folder for folder in (out.absolute().parent, *out.absolute().parents) if folder.is_dir())
         token_ids = None if windows is None else windows.token_ids
         with tempfile.TemporaryDirectory(prefix=".atomq-probe-", dir=place) as scratch:
             probe = _Probe(source, recipe, device, calibration, Path(scratch))
             on_disk = Path(scratch) if activations == "disk" else None
             if token_ids is not None:
-                probe.run(token_ids[:1], None)  # compiles and warms up
+                probe.run(token_ids[:1], None, {})  # compiles and warms up
             on_progress(0, 1, "probing one block")
-            probe.run(token_ids, on_disk)
+            probe.run(token_ids, on_disk, outside)
             on_progress(1, 1, "probing one block")
     seconds = {"loading": loading}
     for phase, (once, each) in probe.phases.items():
@@ -183,8 +187,21 @@ class _Probe:
         self.phases: dict[str, tuple[float, float]] = {}
         self.shard_bytes, self.seconds_per_byte = 0, 0.0
 
-    def run(self, token_ids: torch.Tensor | None, scratch: Path | None) -> None:
-        """`token_ids` int64 [n_windows, seq_len], or None if the recipe needs none."""
+    def run(
+        self, token_ids: torch.Tensor | None, scratch: Path | None, outside: dict[str, ShardTensor]
+    ) -> None:
+        """Quantize once.
+
+        Args:
+            token_ids: int64 [n_windows, seq_len], or None if the recipe needs none.
+            outside: what is not in a block. As in a run it is read and hashed beside the first pass: that
+                takes memory, and a thread that computes beside the caller changes how both share the cores.
+        """
+        with Background() as background:
+            background.run(_read, outside)
+            self._run(token_ids, scratch, background)
+
+    def _run(self, token_ids: torch.Tensor | None, scratch: Path | None, background: Background) -> None:
         model, weights = open_float_model(self.source, rotation=self.recipe.solver.rotation)
         family = find_family(model.config.model_type)
         keep_first_blocks(model, family, 1)
@@ -197,6 +214,7 @@ class _Probe:
             statistics = calibrate_blocks(model, token_ids, self.device, first, routing, weights, scratch)
             _wait(self.device)
             self.phases["statistics"] = (first.time - began, time.perf_counter() - first.time)
+        background.wait()
 
         written: dict[str, ShardTensor] = {}
 
@@ -233,6 +251,12 @@ class _Probe:
         self.seconds_per_byte = (time.perf_counter() - began) / max(content.n_bytes, 1)
 
 
+def _read(tensors: dict[str, ShardTensor]) -> None:
+    """Read and hash what a shard of `tensors` would hold, without writing it."""
+    for _piece in Hashed(shard_bytes(tensors)):
+        pass
+
+
 class _FirstCall:
     """An `OnProgress` that notes when it was first called: when the activations of the text are captured."""
 
@@ -246,15 +270,6 @@ class _FirstCall:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _bytes_outside_blocks(model: PreTrainedModel, family: ModelFamily, weights: StoredWeights) -> int:
-    tied = set(model.all_tied_weights_keys)
-    return sum(
-        tensor.numel() * weights.dtype.itemsize
-        for name, tensor in model.state_dict().items()
-        if not name.startswith(f"{family.blocks}.") and name not in tied
-    )
 
 
 def _activation_bytes(model: PreTrainedModel, recipe: Recipe, device: torch.device, n_tokens: int) -> int:

@@ -12,6 +12,8 @@ import torch
 
 _SECONDS_BETWEEN_SAMPLES = 0.01
 _C = ctypes.CDLL(None)
+_M_MMAP_THRESHOLD = -3  # of glibc's mallopt
+_LARGE = 4 << 20  # bytes
 
 
 def held_bytes() -> int:
@@ -44,6 +46,15 @@ def give_back() -> None:
     """
     if hasattr(_C, "malloc_trim"):
         _C.malloc_trim(0)
+
+
+def give_back_large_ones() -> None:
+    """From now on let the system have large tensors as soon as they are freed. glibc learns from every one
+    that is freed to keep the next, up to 32 MB each, in a heap that smaller ones then hold open: a fifth to a
+    third of a small model's peak, and how much is chance.
+    """
+    if hasattr(_C, "mallopt"):
+        _C.mallopt(_M_MMAP_THRESHOLD, _LARGE)
 
 
 def _lines(path: str) -> list[str]:

@@ -36,7 +36,7 @@ from atomq.formats.files import write_file, write_json
 from atomq.formats.schema import code_bytes, effective_bits, quantization_config
 from atomq.formats.shards import ShardTensor
 from atomq.formats.writer import CheckpointWriter
-from atomq.memory import PeakMemory
+from atomq.memory import PeakMemory, give_back_large_ones
 from atomq.models.blocks import linear_shapes
 from atomq.models.experts import ExpertRouting
 from atomq.models.families import LinearShape, ModelFamily, find_family
@@ -103,6 +103,7 @@ def calibrate(
     Writes the artefact `path` and, if asked, a `picture` (.png or .svg) of the channels.
     """
     place = choose_device(device)
+    give_back_large_ones()
     source = resolve_source(model_name)
     windows = cut_windows(load_tokenizer(source), calibration)
     model, weights = open_float_model(source)
@@ -173,6 +174,7 @@ def quantize(
             f"first; leave --calibration away, or give --rotate none"
         )
     calibration = calibration or CalibrationConfig()
+    give_back_large_ones()
     source = resolve_source(model_name)
     writing = CheckpointWriter(out, overwrite=overwrite, restart=restart)
     with (
@@ -205,7 +207,7 @@ def quantize(
         writer.begin(job, n_shards=model.config.num_hidden_layers + 1)
         routing = expert_routing(family, calibration)
         if writer.facts_of(1) is None:
-            outside = _tensors_outside_blocks(model, f"{family.blocks}.", weights)
+            outside = tensors_outside_blocks(model, family, weights)
             background.run(writer.write_shard, 1, outside)
         loaded = time.perf_counter()
         scratch = writer.progress if activations == "disk" else None
@@ -364,8 +366,8 @@ def _check_statistics(
         )
 
 
-def _tensors_outside_blocks(
-    model: PreTrainedModel, blocks: str, weights: StoredWeights
+def tensors_outside_blocks(
+    model: PreTrainedModel, family: ModelFamily, weights: StoredWeights
 ) -> dict[str, ShardTensor]:
     """Embeddings, final norm and head, read when they are written; a tied head is stored once, as the
     embeddings.
@@ -374,5 +376,5 @@ def _tensors_outside_blocks(
     return {
         name: ShardTensor(weights.dtype, tuple(tensor.shape), partial(weights.pieces, name))
         for name, tensor in model.state_dict().items()
-        if not name.startswith(blocks) and name not in tied
+        if not name.startswith(f"{family.blocks}.") and name not in tied
     }

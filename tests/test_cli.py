@@ -1121,3 +1121,13 @@ def test_a_tokenizer_file_that_is_none_is_refused(tiny_dir, text_file, tmp_path,
 def test_a_path_that_cannot_be_one_is_refused(tmp_path, capsys, name):
     assert main(["quantize", name, str(tmp_path / "out")]) == 2
     assert "is no usable path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, "1000"), ({"OMP_WAIT_POLICY": "active"}, None)])
+def test_threads_sleep_soon_unless_told_otherwise(monkeypatch, given, expected):
+    monkeypatch.setenv("GOMP_SPINCOUNT", "")
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert main(["--version"]) == 0
+    assert os.environ.get("GOMP_SPINCOUNT") == expected

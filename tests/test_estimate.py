@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from atomq.cli import main
 from atomq.config import CalibrationConfig
 from atomq.errors import ConfigError
 from atomq.estimate import estimate
-from atomq.memory import PeakMemory, free_bytes, held_bytes
+from atomq.memory import PeakMemory, free_bytes, give_back_large_ones, held_bytes
+from atomq.models.streaming import StoredWeights
 
 CPU = torch.device("cpu")
 
@@ -64,8 +66,8 @@ def test_time_is_that_of_one_block_times_the_number_of_blocks(deep, tmp_path, mo
     """With a probe whose times are known."""
 
     class Probe(atomq.estimate._Probe):
-        def run(self, token_ids, scratch):
-            super().run(token_ids, scratch)
+        def run(self, token_ids, scratch, outside):
+            super().run(token_ids, scratch, outside)
             self.phases = {"statistics": (2.0, 3.0), "solving": (0.0, 5.0), "writing": (0.0, 0.5)}
             self.shard_bytes, self.seconds_per_byte = 1000, 0.0
 
@@ -80,8 +82,8 @@ def test_time_is_that_of_one_block_times_the_number_of_blocks(deep, tmp_path, mo
 
 def test_a_disk_slower_than_the_computing_is_waited_for(deep, tmp_path, monkeypatch):
     class Probe(atomq.estimate._Probe):
-        def run(self, token_ids, scratch):
-            super().run(token_ids, scratch)
+        def run(self, token_ids, scratch, outside):
+            super().run(token_ids, scratch, outside)
             self.phases = {"solving": (0.0, 1.0), "writing": (0.0, 0.5)}
             self.shard_bytes, self.seconds_per_byte = 1_000_000, 1e-5
 
@@ -105,6 +107,37 @@ def test_memory_that_the_preparations_take_for_a_while_counts(deep, tmp_path, mo
     cut_windows = atomq.estimate.cut_windows
     monkeypatch.setattr(atomq.estimate, "cut_windows", cut)
     assert dry_run(deep, tmp_path / "OUT").ram_bytes > before + 150_000_000
+
+
+def test_what_is_outside_of_the_blocks_is_read_beside_the_probe_as_in_a_run(tmp_path, monkeypatch):
+    """Under another number of threads that compute, OpenMP's pools wait in another way: on busy cores a probe
+    without that thread took up to nine times as long as the run.
+    """
+    model = save_tiny_model(tmp_path / "wide", vocab_size=40_000, hidden_size=128, num_hidden_layers=1)
+    read = {}
+
+    def pieces(self, name):
+        read[name] = threading.current_thread().name
+        return original(self, name)
+
+    original = StoredWeights.pieces
+    monkeypatch.setattr(StoredWeights, "pieces", pieces)
+    dry_run(model, tmp_path / "OUT")
+    assert set(read) >= {"model.embed_tokens.weight", "model.norm.weight"}
+    assert all(name.startswith("atomq-background") for name in read.values())
+
+
+def test_large_tensors_are_given_back_though_small_ones_behind_them_live_on():
+    give_back_large_ones()
+    learned_from = torch.ones(7_500_000)  # glibc would keep what is smaller
+    del learned_from
+    before = held_bytes()
+    large, small = [], []
+    for _ in range(8):
+        large.append(torch.ones(2_000_000))
+        small.append(torch.ones(20_000))
+    del large
+    assert held_bytes() - before < 16e6
 
 
 def test_activations_on_the_disk_count_there(deep, tmp_path):

@@ -75,11 +75,20 @@ LAW = {
     "report": {"formats", "numerics"},
     "memory": set(),
     "background": set(),
-    "estimate": {"assist", "block_loop", "formats", "memory", "models", "rotation_choice"},
+    "estimate": {
+        "assist",
+        "background",
+        "block_loop",
+        "formats",
+        "memory",
+        "models",
+        "pipeline",
+        "rotation_choice",
+    },
     "ladder": set(),
     "ablation": {"assist", "block_loop", "eval", "facts", "formats", "hf", "ladder", "models", "pipeline"},
     "facts": {"memory", "block_loop", "eval", "formats", "models", "numerics", "rotation_choice"},
-    "assist": {"block_loop", "block_quantizer", "models", "eval", "numerics", "rotation_choice"},
+    "assist": {"block_loop", "block_quantizer", "memory", "models", "eval", "numerics", "rotation_choice"},
     "pipeline": {
         *(
             "assist",
