@@ -16,7 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.e2e_tables import attention_table, e2e_tables, variants_table
+from benchmarks.e2e_goals import attention_goals, decode_goals, e2e_goals
+from benchmarks.e2e_tables import attention_table, decode_table, e2e_tables, trace_table, variants_table
 from benchmarks.gemm_goals import check_goals
 from benchmarks.gemm_tables import limits_table, quantize_table, table, tuning_table
 
@@ -31,7 +32,17 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "attention": ("h100-attention", attention_table),
     "attention-gqa": ("h100-attention-gqa", attention_table),
     "attention-variants": ("h100-attention", variants_table),
+    "attention-goals": ("h100-attention", attention_goals),
+    "attention-gqa-goals": ("h100-attention-gqa", attention_goals),
+    "attention-gqa-4": ("h100-attention-gqa-4", attention_table),
     "e2e-llama-2-7b": ("h100-e2e-llama-2-7b", e2e_tables),
+    "e2e-llama-2-7b-after-rope": ("h100-e2e-llama-2-7b-after-rope", e2e_tables),
+    "e2e-llama-3-8b": ("h100-e2e-llama-3-8b", e2e_tables),
+    "e2e-llama-3-70b": ("h100-e2e-llama-3-70b", e2e_tables),
+    "e2e-goals": ("h100-e2e-llama-2-7b", e2e_goals),
+    "e2e-trace": ("h100-e2e-trace", trace_table),
+    "decode": ("h100-decode-smollm2", decode_table),
+    "decode-goals": ("h100-decode-smollm2", decode_goals),
 }
 """Name of a table -> the records it is made from (`<date>-<name>.json`), and how."""
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from benchmarks.gemm_tables import limits_table, tuning_table
-from benchmarks.kernel_docs import PAGE, TABLES, fill
+from benchmarks.kernel_docs import PAGE, RESULTS, TABLES, fill
 
 
 def result(n_tokens: int, us: float, name: str = "w4a4"):
@@ -18,7 +18,9 @@ def result(n_tokens: int, us: float, name: str = "w4a4"):
 def test_the_page_holds_the_tables_of_the_newest_records():
     page = PAGE.read_text(encoding="utf-8")
     assert fill(page) == page, "run python -m benchmarks.kernel_docs --write"
-    assert all(f"<!-- table: {name} -->" in page for name in TABLES)
+    recorded = [name for name, (kind, _) in TABLES.items() if any(RESULTS.glob(f"????-??-??-{kind}.json"))]
+    assert len(recorded) > 8
+    assert all(f"<!-- table: {name} -->" in page for name in recorded)
 
 
 def test_a_table_is_replaced_and_the_rest_stays(tmp_path):

@@ -1,0 +1,66 @@
+"""The tables of goals for decoding."""
+
+from __future__ import annotations
+
+from benchmarks.e2e_goals import attention_goals, decode_goals, e2e_goals
+
+
+def cells(table: str) -> dict[str, list[str]]:
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_attention_is_held_against_the_faster_of_the_float16_caches():
+    names = {"int4 x": (200.0, 0.8), "int8 after RoPE": (310.0, 1.0), "float16": (700.0, 1.0)}
+    names["torch cudnn, float16"] = (640.0, 0.9)
+    rows = [{"name": name, "us": us, "floor_fraction": part} for name, (us, part) in names.items()]
+    found = cells(attention_goals({"attention": rows}))
+    assert found == {
+        "int4 x: of its floor": ["0.80", "0.70", "0.85", "must"],
+        "int4 x: times torch cudnn, float16": ["3.20", "2.50", "3.40", "must"],
+        "int4 x: times INT8": ["1.55", "1.60", "1.60", "missed"],
+    }
+
+
+def ratio(comparison, baseline, batches, measured, at_floors, valid=True):
+    return {
+        "comparison": comparison,
+        "scheme": "w4a4",
+        "baseline": baseline,
+        "batch": batches[0],
+        "baseline_batch": batches[1],
+        "measured": measured,
+        "at_floors": at_floors,
+        "baseline_is_valid": valid,
+    }
+
+
+def test_throughput_is_held_against_the_floors_and_invalid_baselines_meet_no_goal():
+    ratios = [
+        ratio("equal batch", "fp16", (8, 8), 9.0, 9.0),
+        ratio("equal batch", "fp16", (32, 32), 2.5, 3.6),
+        ratio("equal batch", "int8", (32, 32), 2.5, 3.6),
+        ratio("largest batch", "fp16", (147, 21), 6.3, 7.0),
+        ratio("largest batch", "int8", (147, 64), 2.2, 2.3, valid=False),
+        ratio("largest batch", "w4a16", (147, 39), 2.2, 2.3),
+    ]
+    assert cells(e2e_goals({"ratios": ratios})) == {
+        "w4a4 over fp16, batches 32 / 32: times": ["2.50", "2.20", "2.90", "must"],
+        "w4a4 over fp16, batches 147 / 21: of the floors' ratio": ["0.90", "0.65", "0.85", "goal"],
+        "w4a4 over int8, batches 147 / 64: of the floors' ratio": [
+            "0.96",
+            "0.80",
+            "0.92",
+            "no valid baseline",
+        ],
+    }
+
+
+def test_perplexity_may_lie_on_either_side():
+    record = {
+        "ppl": {"simulation": 25.0, "float32": 24.95, "float16": 25.1},
+        "greedy": {"float32": [], "float16": []},
+    }
+    found = cells(decode_goals(record))
+    assert [row[0] for row in found.values()] == ["0.20 %", "0.40 %"]
+    assert [row[-1] for row in found.values()] == ["goal", "missed"]
