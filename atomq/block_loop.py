@@ -171,6 +171,7 @@ def quantize_blocks(
         def within(share: float, doing: str, index: int = index) -> None:
             on_progress(index + share, len(blocks), doing)
 
+        within(0.0, f"{prefix}: reading")
         done = (finished or {}).get(index)
         if done is not None:
             own = list(done.reports)

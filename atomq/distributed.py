@@ -68,11 +68,13 @@ def own_share(windows: torch.Tensor) -> torch.Tensor:
 
 
 def share_work(costs: Sequence[float]) -> list[int]:
-    """Which process is to do each piece of work: the costliest first, each to the least busy."""
+    """Which process is to do each piece of work: the costliest first, each to the least busy; of several to
+    the last, since the first also writes and speaks.
+    """
     busy = [0.0] * n_processes()
     owners = [0] * len(costs)
     for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        owners[index] = busy.index(min(busy))
+        owners[index] = min(range(len(busy)), key=lambda process: (busy[process], -process))
         busy[owners[index]] += costs[index]
     return owners
 

@@ -214,7 +214,7 @@ class _Probe:
             statistics = calibrate_blocks(model, token_ids, self.device, first, routing, weights, scratch)
             _wait(self.device)
             self.phases["statistics"] = (first.time - began, time.perf_counter() - first.time)
-        background.wait()
+        background.wait()  # so that what follows is timed alone
 
         written: dict[str, ShardTensor] = {}
 

@@ -45,7 +45,7 @@ from atomq.models.quantized import head_dim_of
 from atomq.models.source import resolve_source, source_hash
 from atomq.models.streaming import StoredWeights, tensors_to_store
 from atomq.numerics.channels import ChannelStatistics
-from atomq.progress import OnProgress, silently
+from atomq.progress import BlockTimes, OnProgress, silently
 from atomq.report.files import write_report
 from atomq.rotation_choice import settle_rotation
 
@@ -217,15 +217,15 @@ def quantize(
             statistics = _kept_statistics(writer, key, routing)
         finished = _finished_blocks(writer, family, model.config.num_hidden_layers, routing)
         reports_of_finished = {index: block.reports for index, block in finished.items()}
+        first_pass, second_pass = BlockTimes(on_progress), BlockTimes(on_progress)
         distributed.from_process(0, Plan(statistics, reports_of_finished, scratch))
         if statistics is None and recipe.scheme.outliers.reorder:
             assert windows is not None
             statistics = calibrate_blocks(
-                model, windows.token_ids, place, on_progress, routing, weights, scratch
+                model, windows.token_ids, place, first_pass, routing, weights, scratch
             )
             write_calibration(writer.statistics, key, statistics, {}, {STARVED: routing.starved})
             writer.keep_statistics()
-        background.wait()  # a broken tensor outside of the blocks is found before any of them is quantized
         gathered = time.perf_counter()
 
         def write_block(prefix: str, block: nn.Module, reports: list[LinearReport]) -> None:
@@ -238,7 +238,7 @@ def quantize(
             model,
             recipe,
             place,
-            on_progress,
+            second_pass,
             None if windows is None else windows.token_ids,
             statistics,
             write_block,
@@ -280,9 +280,10 @@ def quantize(
             "warnings": warnings,
             "seconds": seconds,
         }
+        block_seconds = {"statistics": first_pass.seconds, "quantizing": second_pass.seconds}
         write_json(
             writer.folder / REPORTS / "quantize.json",
-            {**report.to_dict(), **summary, **host_facts(place, memory)},
+            {**report.to_dict(), **summary, "block_seconds": block_seconds, **host_facts(place, memory)},
         )
         writer.publish()
     write_report(out)

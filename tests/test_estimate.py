@@ -50,6 +50,10 @@ def test_memory_and_disk_are_what_the_run_then_takes(deep, tmp_path, scheme):
     assert found.disk_bytes == found.out_bytes
     assert found.ram_bytes == pytest.approx(report["host"]["peak_memory_bytes"], rel=0.25)
     assert (found.gpu_bytes, found.free_gpu_bytes) == (None, None)
+    times = report["block_seconds"]
+    assert len(times["quantizing"]) == 6
+    assert len(times["statistics"]) == (0 if scheme == "rtn" else 6)
+    assert 0 < sum(times["quantizing"]) < report["seconds"]["total"]
 
 
 def test_the_phases_are_those_of_the_run_and_grow_with_the_number_of_blocks(deep, tmp_path):
