@@ -16,6 +16,7 @@ from atomq.errors import KernelError, VerificationError
 from atomq.eval import gemm_bench, gemm_candidates, gemm_kernels
 from atomq.eval.gemm_bench import Ceilings, Result
 from atomq.eval.gemm_candidates import Work
+from atomq.eval.gemm_peers import HummingPeer
 from atomq.eval.gemm_timing import LONG_TURN, SHORT_TURN, Timing, n_copies, turns
 from atomq.formats.gemm_plot import draw_speedups
 from atomq.kernels.loader import ARCHITECTURES
@@ -122,17 +123,23 @@ def _fake_gpu(monkeypatch):
 
 
 @pytest.mark.usefixtures("_fake_gpu")
-def test_products_of_many_tokens_are_timed_in_more_rounds_and_long_turns(monkeypatch):
+def test_products_of_many_tokens_are_timed_in_long_turns(monkeypatch):
     clock, taken = gemm_bench.time_in_turns, []
 
     def noted(candidates, rounds=3, turn=SHORT_TURN):
-        taken.append((len(candidates), rounds, turn))
+        taken.append((len(candidates), turn))
         return clock(candidates)
 
     monkeypatch.setattr(gemm_bench, "time_in_turns", noted)
     fp16 = [FakeCandidate("fp16", max_tokens=1024)]  # its work includes no quantization
-    list(gemm_bench.bench([(100, 200)], [64, 256, 1024], fp16, Ceilings(3e9, 1e12), pytest.fail))
-    assert [how for count, *how in taken if count] == [[3, SHORT_TURN], [6, SHORT_TURN], [6, LONG_TURN]]
+    list(gemm_bench.bench([(100, 200)], [64, 128, 1024], fp16, Ceilings(3e9, 1e12), pytest.fail))
+    assert [turn for count, turn in taken if count] == [SHORT_TURN, LONG_TURN, LONG_TURN]
+
+
+@pytest.mark.parametrize(("group_size", "n", "k"), [(128, 192, 448), (None, 203, 448), (None, 192, 450)])
+def test_humming_is_left_out_where_it_would_write_past_its_scales(group_size, n, k):
+    with pytest.raises(KernelError, match=r"it takes K in multiples of \d+ and N in multiples of 64"):
+        HummingPeer(group_size).prepare(n, k, 1)
 
 
 @pytest.mark.parametrize("count", [2, 3, 10])

@@ -25,7 +25,6 @@ from atomq.eval.gemm_kernels import MODES, KernelCandidate
 from atomq.eval.gemm_peers import HUMMING_PEERS, TORCH_PEERS
 from atomq.eval.gemm_timing import (
     LONG_TURN,
-    ROUNDS,
     SHORT_TURN,
     Launch,
     Timing,
@@ -49,9 +48,7 @@ MODEL_SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
 _INT8_OPERATIONS = {(8, 0): 624e12, (9, 0): 1979e12}
 """Dense INT8 operations per second by compute capability, from NVIDIA's data sheets (A100, H100)."""
 _COPY_BYTES = 1 << 29
-# On an H100 a large model's products lose up to a fifth of their clock in one turn of three from 128 tokens
-# on, and draw all the power they may from 1024 on.
-_WARM_TOKENS, _POWER_BOUND_TOKENS = 128, 1024
+_POWER_BOUND_TOKENS = 128  # from here on INT8 products of a large model take all the power an H100 may draw
 
 
 @dataclass(frozen=True)
@@ -181,8 +178,7 @@ def _time(
 ) -> Iterator[Result]:
     wholes = [work.whole for _, work in works if work.whole is not None]
     turn = LONG_TURN if sizes[2] >= _POWER_BOUND_TOKENS else SHORT_TURN
-    rounds = ROUNDS if sizes[2] < _WARM_TOKENS else 2 * ROUNDS
-    timings = time_in_turns([work.launches for _, work in works], rounds, turn)
+    timings = time_in_turns([work.launches for _, work in works], turn=turn)
     with_quantization = iter(time_in_turns(wholes, rounds=1))
     for (candidate, work), timing in zip(works, timings, strict=True):
         yield Result(
@@ -223,4 +219,5 @@ def environment(ceilings: Ceilings) -> dict[str, Any]:
         "copy_bytes_per_s": ceilings.bandwidth,
         "int8_tops": 1e-12 * ceilings.operations if known else None,
         **describe_method(),
+        "long_turn_from_tokens": _POWER_BOUND_TOKENS,
     }

@@ -20,6 +20,7 @@ _INT8_TOKENS = 32  # what `_int_mm`, which refuses 16 tokens and fewer, is given
 # INT4 weights and INT8 activations of normal random values lie 0.1 (groups of 128) to 0.2 (whole rows) off
 # the unquantized product; a peer further off does something else than it is timed for.
 _HUMMING_LIMIT = 0.3
+_HUMMING_INPUTS, _HUMMING_CHANNELS = 64, 64  # of what it packs at a time
 _HUMMING_ERRORS = (RuntimeError, AssertionError, ValueError, KeyError, OSError)  # it refuses by any of them
 
 
@@ -107,6 +108,12 @@ class HummingPeer:
         return ""
 
     def prepare(self, n_channels: int, n_inputs: int, max_tokens: int) -> PreparedHumming:
+        """Refuses what Humming does not: it writes past its scales where groups do not divide K."""
+        inputs = self.group_size or _HUMMING_INPUTS
+        if n_inputs % inputs or n_channels % _HUMMING_CHANNELS:
+            raise KernelError(
+                f"it takes K in multiples of {inputs} and N in multiples of {_HUMMING_CHANNELS}"
+            )
         return PreparedHumming(n_channels, n_inputs, self.group_size)
 
 
