@@ -17,7 +17,7 @@ from atomq.eval import gemm_bench, gemm_candidates, gemm_kernels
 from atomq.eval.gemm_bench import Ceilings, Result
 from atomq.eval.gemm_candidates import Work
 from atomq.eval.gemm_peers import HummingPeer
-from atomq.eval.gemm_timing import LONG_TURN, SHORT_TURN, Timing, n_copies, turns
+from atomq.eval.gemm_timing import LONG_TURN, SHORT_TURN, Timing, n_copies, time_sustained, turns
 from atomq.formats.gemm_plot import draw_speedups
 from atomq.kernels.loader import ARCHITECTURES
 
@@ -303,6 +303,15 @@ def test_on_a_gpu_every_kernel_is_checked_and_timed(capsys):
     whole = {r["name"]: r["whole"] for r in results}
     assert whole["w4a4"]["graph_us"] > 1
     assert whole["fp16"] is None
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_sustained_run_is_timed_all_along():
+    x = torch.randn(1024, 1024, device="cuda")
+    samples = time_sustained([lambda: x @ x], 0.05)
+    assert all(earlier[0] < later[0] for earlier, later in itertools.pairwise(samples))
+    assert 20 < samples[-1][0] < 500
+    assert all(1 < us < 1e4 for _, us in samples)
 
 
 @pytest.mark.gpu

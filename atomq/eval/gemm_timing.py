@@ -8,8 +8,10 @@ draws all the power there is takes longer to settle, and its clock then goes up 
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -22,6 +24,7 @@ CACHE_BYTES = 160e6
 
 ROUNDS = 3  # turns of each candidate
 _COLD_SAMPLES = 9
+_IDLE_S = 0.3  # before a sustained run, for the clock and the temperature to settle
 _GRAPH_US, _GRAPH_LAUNCHES = 2000.0, 32  # a graph holds so much work or so many launches, whichever is less
 
 
@@ -117,6 +120,36 @@ def time_in_turns(
         Timing(statistics.median(graph), tenths[0], tenths[8], statistics.median(alone))
         for graph, tenths, alone in zip(samples, deciles, cold, strict=True)
     ]
+
+
+def time_sustained(launches: Sequence[Launch], seconds: float) -> list[tuple[float, float]]:
+    """One candidate without a pause: (milliseconds since the start, microseconds for one launch) over time.
+
+    Each sample is a graph of about 2 ms. It shows the clock follow the power that the candidate draws.
+    """
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+
+    def timed(run: Callable[[], object]) -> float:
+        begin.record(stream)
+        run()
+        end.record(stream)
+        stream.synchronize()
+        return float(begin.elapsed_time(end)) * 1e3
+
+    with torch.cuda.stream(stream):
+        batch = _capture(launches, timed)
+        n_samples = math.ceil(seconds * 1e6 / batch.replay_us)
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(n_samples + 1)]  # type: ignore[no-untyped-call]
+        time.sleep(_IDLE_S)
+        for mark in marks[:-1]:
+            mark.record(stream)
+            batch.many.replay()
+        marks[-1].record(stream)
+        stream.synchronize()
+    at = [marks[0].elapsed_time(mark) for mark in marks]
+    return [(after, (after - before) * 1e3 / batch.n_launches) for before, after in itertools.pairwise(at)]
 
 
 def turns(count: int, round_number: int) -> list[int]:
