@@ -43,9 +43,9 @@ STEPS = {
         "hadamard",
         {"solver.clip_search": "hessian", "solver.clip_ratio": 1.0, "solver.scale_span": "full"},
     ),
-    "descent": ("clip-search", {"solver.descent_sweeps": 4}),
-    "asymmetry": ("descent", {"solver.asymmetry": 0.5, "solver.asymmetry_damp": 1.0}),
-    "plain-kv4": ("asymmetry", {"kv.n_bits": 4}),
+    "asymmetry": ("clip-search", {"solver.asymmetry": 0.5, "solver.asymmetry_damp": 1.0}),
+    "descent": ("asymmetry", {"solver.descent_sweeps": 4}),
+    "plain-kv4": ("descent", {"kv.n_bits": 4}),
     "kv-hadamard": ("plain-kv4", {"kv.rotation": "hadamard"}),
     "key-offset": ("kv-hadamard", {"kv.key_offset": True}),
     REFINED: ("key-offset", {"solver.refine_steps": 200}),
@@ -124,7 +124,7 @@ def test_the_first_rung_rounds_with_one_scale_per_row_and_token():
     [
         ("gptq", "atom", {"kv.n_bits": 16}),
         ("kv4", "atom", {}),
-        ("asymmetry", "atomq", KV16),
+        ("descent", "atomq", KV16),
         ("key-offset", "atomq", {}),
         (REFINED, "atomq", {"solver.refine_steps": REFINE_STEPS}),
         ("atomq-fast", "atomq-fast", {}),
@@ -165,7 +165,7 @@ def test_the_whole_ladder_leaves_a_table_json_and_a_picture(model, tmp_path, tex
             assert row["changes"] == rung(name).changes
             assert not row["resumed"]
     assert rows["float"]["kl"] is None
-    assert rows["gptq"]["effective_bits"] == rows["asymmetry"]["effective_bits"]
+    assert rows["gptq"]["effective_bits"] == rows["descent"]["effective_bits"]
     assert rows["key-offset"]["effective_bits"] == rows["kv4"]["effective_bits"]
     assert [rows[n]["effective_bits"]["kv"] for n in ("float", "gptq")] == [16, 16]
     assert (
