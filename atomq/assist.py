@@ -51,12 +51,12 @@ def assist(model_name: str, recipe: Recipe, device: torch.device, calibration: C
     """
     give_back_large_ones()
     source = resolve_source(model_name)
-    windows = cut_windows(load_tokenizer(source), calibration) if recipe.needs_calibration else None
 
     def receive() -> dict[str, torch.Tensor]:
         return distributed.tensors_from(0, {}, torch.device("cpu"))
 
-    with distributed.processes(device):
+    with distributed.processes(device):  # at the same point as the first process, or that would wait
+        windows = cut_windows(load_tokenizer(source), calibration) if recipe.needs_calibration else None
         recipe, _ = settle_rotation(source, recipe, windows, device)
         token_ids = windows.token_ids if windows is not None and recipe.needs_calibration else None
         model, weights = open_float_model(source, rotation=recipe.solver.rotation)
