@@ -1,8 +1,9 @@
 """What is done to one block, and the only place where the steps of the method are put in order.
 
-Permutation -> in-group transform -> Hessians -> scales and codes, group of linears by group of linears ->
-refinement of the whole block. The Hessians see the quantized activations and KV cache of the block itself as
-well (Atom section 4.3). What the float model would do is computed beside it where a step aims at that.
+Permutation -> in-group transform -> clip ratios -> Hessians -> scales and codes, group of linears by group
+of linears -> refinement of the whole block. The Hessians see the quantized activations and KV cache of the
+block itself as well (Atom section 4.3). What the float model would do is computed beside it where a step aims
+at that.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from atomq import distributed
+from atomq.clip_choice import choose_clips
 from atomq.config import FLOAT_BITS, QuantScheme, Recipe
 from atomq.method.hessian import HessianAccumulator
 from atomq.method.refine import Refinement, refine_block
@@ -46,8 +48,8 @@ OnStep = Callable[[float, str], None]
 
 @dataclass(frozen=True)
 class LinearReport:
-    """How one linear was solved (see `method.solve.SolvedLinear`), and whether what its block learned was
-    kept; None without refinement.
+    """How one linear was solved (see `method.solve.SolvedLinear`); the clip ratio of its input, None if that
+    is the scheme's; and whether what its block learned was kept, None without refinement.
     """
 
     name: str
@@ -56,6 +58,7 @@ class LinearReport:
     damping_raised: bool
     relative_error: float | None
     n_dead: int
+    clip_ratio: float | None = None
     refined: bool | None = None
 
 
@@ -151,15 +154,19 @@ class BlockQuantizer:
 
     def solve(self, on_step: OnStep) -> list[LinearReport]:
         """Find the codes of every linear; without calibration inputs by rounding to nearest."""
-        rounds = block_stages(self.block, self.family)
-        if self.recipe.solver.calibration == "block":
-            rounds = (tuple(group for stage in rounds for group in stage),)
+        stages = block_stages(self.block, self.family)
+        rounds = (stages,) if self.recipe.solver.calibration == "block" else tuple((s,) for s in stages)
         reports: list[LinearReport] = []
-        for groups in rounds:
+        for parts in rounds:
+            groups = tuple(group for part in parts for group in part)
             hessians: dict[str, HessianAccumulator] = {}
             if self._inputs is not None:
+                if self.recipe.scheme.activations.has_own_clips:
+                    on_step(0.0, "clip ratios")
+                    choose_clips(self.block, parts, self._linears, self._inputs)
+                    self.clock.lap("clip ratios")
                 on_step(0.0, "Hessians")
-                hessians = self._collect_hessians(groups, is_last=groups is rounds[-1])
+                hessians = self._collect_hessians(groups, is_last=parts is rounds[-1])
                 self.clock.lap("hessians")
             if self.recipe.scheme.weights.n_bits < FLOAT_BITS:
                 reports += self._solve_groups(groups, hessians, on_step)
@@ -292,8 +299,11 @@ class BlockQuantizer:
         solved = solve_group(weights, hessian, self.recipe.scheme, self.recipe.solver)
         for name, result in zip(group.linears, solved, strict=True):
             self._linears[name].set_codes(result.weight)
+        clip = None
+        if self.recipe.scheme.activations.has_own_clips:
+            clip = self._linears[group.owner].input_scheme().activations.clip_ratio
         return [
-            _report(f"{self.prefix}.{name}", result)
+            _report(f"{self.prefix}.{name}", result, clip)
             for name, result in zip(group.linears, solved, strict=True)
         ]
 
@@ -304,10 +314,9 @@ def _last_error(found: dict[str, list[LinearReport]]) -> str:
     return "" if error is None else f" (before it: error {percent(error)})"
 
 
-def _report(name: str, solved: SolvedLinear) -> LinearReport:
-    return LinearReport(
-        name, solved.method, solved.damp_frac, solved.damping_raised, solved.relative_error, solved.n_dead
-    )
+def _report(name: str, solved: SolvedLinear, clip: float | None) -> LinearReport:
+    facts = (solved.method, solved.damp_frac, solved.damping_raised, solved.relative_error, solved.n_dead)
+    return LinearReport(name, *facts, clip)
 
 
 def group_orders(statistics: dict[str, ChannelStatistics], scheme: QuantScheme) -> dict[str, torch.Tensor]:
@@ -351,6 +360,8 @@ def _prepare_block(
         weight = weights[name]
         weight = transform_input(weight, scheme) if linear.scheme.transform != "none" else weight
         linear.set_float_weight(weight.to(storage_dtype) if scheme.weights.n_bits == FLOAT_BITS else weight)
+    for group in groups if scheme.activations.has_own_clips else ():
+        linears[group.owner].set_clip_ratio(scheme.activations.clip_ratio)  # where the search begins
     return linears
 
 

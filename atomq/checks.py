@@ -1,7 +1,8 @@
-"""The rules that settings of `atomq.config` are held to: types, choices, ranges and combinations."""
+"""The rules that settings of `atomq.config` are held to, and how they are read from text."""
 
 from __future__ import annotations
 
+import types
 import typing
 from typing import Any, Literal
 
@@ -66,3 +67,21 @@ def check_progressive(
             f"{where}.scale_mode progressive multiplies codes by factors up to 16 within INT8; "
             f"it needs symmetric integers of at most 4 bits"
         )
+
+
+def parse_setting(name: str, text: str, hint: Any) -> Any:
+    """`text` from the command line as a value of type `hint`."""
+    if typing.get_origin(hint) is types.UnionType:
+        if text.lower() == "none":
+            return None
+        hint = next(t for t in typing.get_args(hint) if t is not type(None))
+    if hint is bool:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise ConfigError(f"{name}={text} must be true or false")
+    if hint in (int, float):
+        try:
+            return hint(text)
+        except ValueError:
+            raise ConfigError(f"{name}={text} must be a number") from None
+    return text

@@ -8,7 +8,6 @@ stored in the manifest. Every combination that passes the checks here has a pack
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -23,6 +22,7 @@ from atomq.checks import (
     check_positive,
     check_progressive,
     check_ratio,
+    parse_setting,
 )
 from atomq.errors import ConfigError
 
@@ -75,6 +75,8 @@ class ActivationScheme:
     Attributes:
         scale_span: divisor of a symmetric scale: "full" = 2^(n_bits-1) - 1, "half" = (2^n_bits - 1) / 2, as
             the compressed-tensors library has it.
+        clip_search: "none" takes `clip_ratio`; "output" searches a ratio from there down for each linear
+            group (`method.clip`), which then is stored beside the codes.
     """
 
     n_bits: int = 4
@@ -84,6 +86,7 @@ class ActivationScheme:
     clip_ratio: float = 1.0
     scale_mode: ScaleMode = "exact"
     scale_span: Span = "full"
+    clip_search: Literal["none", "output"] = "none"
 
     def __post_init__(self) -> None:
         check_fields("activations", self)
@@ -97,6 +100,11 @@ class ActivationScheme:
         check_number_format("activations", self.n_bits, self.number_format, self.symmetric)
         check_ratio("activations.clip_ratio", self.clip_ratio)
         check_progressive("activations", self.scale_mode, self.n_bits, self.number_format, self.symmetric)
+
+    @property
+    def has_own_clips(self) -> bool:
+        """Whether each linear group stores a clip ratio: it is nothing to activations in floating point."""
+        return self.clip_search != "none" and self.n_bits < FLOAT_BITS
 
 
 @dataclass(frozen=True)
@@ -278,6 +286,11 @@ class Recipe:
                 "kv.key_offset is measured while codes are solved; set it to false, or use "
                 "solver.method=gptq and weights.n_bits below 16"
             )
+        if self.scheme.activations.has_own_clips and not solves:
+            raise ConfigError(
+                "activations.clip_search looks at activations while codes are solved; set it to none, or use "
+                "solver.method=gptq and weights.n_bits below 16"
+            )
         if self.solver.refine_steps and self.scheme.weights.number_format != "int":
             raise ConfigError(
                 f"--refine learns integer codes; weights.number_format={self.scheme.weights.number_format} "
@@ -367,7 +380,7 @@ def override(recipe: Recipe, assignments: dict[str, Any]) -> Recipe:
         if attribute not in known:
             raise ConfigError(f"unknown setting {name!r}; settings are {', '.join(setting_names())}")
         hint = typing.get_type_hints(type(parts[part]))[attribute]
-        changes[part][attribute] = _parse(name, value, hint) if isinstance(value, str) else value
+        changes[part][attribute] = parse_setting(name, value, hint) if isinstance(value, str) else value
     new = {part: dataclasses.replace(config, **changes[part]) for part, config in parts.items()}
     solver = new.pop("solver")
     return Recipe(QuantScheme(**new, transform=transform), solver)
@@ -380,21 +393,3 @@ def setting_names() -> list[str]:
     return [f"{part}.{f.name}" for part, cls in parts.items() for f in dataclasses.fields(cls)] + [
         "transform"
     ]
-
-
-def _parse(name: str, text: str, hint: Any) -> Any:
-    """`text` from the command line as a value of type `hint`."""
-    if typing.get_origin(hint) is types.UnionType:
-        if text.lower() == "none":
-            return None
-        hint = next(t for t in typing.get_args(hint) if t is not type(None))
-    if hint is bool:
-        if text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        raise ConfigError(f"{name}={text} must be true or false")
-    if hint in (int, float):
-        try:
-            return hint(text)
-        except ValueError:
-            raise ConfigError(f"{name}={text} must be a number") from None
-    return text

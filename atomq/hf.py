@@ -115,7 +115,7 @@ class AtomqQuantizer(HfQuantizer):
             own = {
                 name.removeprefix(prefix): spec for name, spec in headers.items() if name.startswith(prefix)
             }
-            self._exact |= {prefix + name for name in own if name.endswith(".key_offset")}
+            self._exact |= {prefix + n for n in own if n.endswith((".key_offset", ".clip_ratio"))}
             for name, linear in install_stored(block, family, scheme, head_dim, own).items():
                 self._exact |= {
                     f"{prefix}{name}.{suffix}"

@@ -99,6 +99,17 @@ def refused(message: str):
         (lambda: ActivationScheme(clip_ratio=float("nan")), "activations.clip_ratio=nan must lie above 0"),
         (lambda: ActivationScheme(clip_ratio="1"), "activations.clip_ratio='1' has the wrong type"),
         (
+            lambda: ActivationScheme(clip_search="mse"),
+            "activations.clip_search='mse' does not exist; choose one of none, output",
+        ),
+        (
+            lambda: Recipe(
+                QuantScheme(activations=ActivationScheme(clip_search="output")), SolverConfig("rtn")
+            ),
+            "activations.clip_search looks at activations while codes are solved; set it to none, or use "
+            "solver.method=gptq and weights.n_bits below 16",
+        ),
+        (
             lambda: ActivationScheme(scale_mode="progressive", symmetric=False),
             "activations.scale_mode progressive multiplies codes by factors up to 16",
         ),

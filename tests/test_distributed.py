@@ -28,6 +28,7 @@ from atomq.config import (
     Recipe,
     SolverConfig,
     WeightScheme,
+    override,
 )
 from atomq.errors import ConfigError, StorageError
 from atomq.eval.perplexity import evaluate_perplexity
@@ -58,6 +59,7 @@ LEVERS = dataclasses.replace(
     scheme=dataclasses.replace(ATOM.scheme, kv=KVScheme(n_bits=4, rotation="hadamard", key_offset=True)),
     solver=SolverConfig(clip_search="hessian", descent_sweeps=2, asymmetry=0.5),
 )
+CLIPS = override(LEVERS, {"activations.clip_search": "output"})
 
 
 def quiet(_done: float, _total: int, _step: str) -> None:
@@ -98,6 +100,7 @@ def test_statistics_are_those_of_one_process(kind, tmp_path):
         ("qwen3", SEQUENTIAL, 5),
         ("llama", ATOM, 2),
         ("llama", LEVERS, 5),
+        ("llama", CLIPS, 5),
         ("mixtral", ATOM, 5),
     ],
 )

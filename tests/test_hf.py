@@ -42,6 +42,7 @@ EXACT = (
     "outlier_weight",
     "outlier_scales",
     "perm",
+    "clip_ratio",
 )
 # What meets families in different ways: biases, reordered rows, heads of other sizes, norms of K.
 FOR_EVERY_FAMILY = ("atom", "progressive hadamard", "asymmetric", "kv after rope", "w16a4", "w8a8")
@@ -264,7 +265,7 @@ def test_codes_and_scales_survive_half_in_every_family(checkpoint, kind):
     assert bool(model(TOKENS).logits.isfinite().all())
 
 
-@pytest.mark.parametrize("scheme", ["e5m2 outliers", "e4m3 outliers", "fp16 outliers", "progressive"])
+@pytest.mark.parametrize("scheme", ["e5m2 outliers", "e4m3 outliers", "fp16 outliers", "searched clips"])
 def test_every_kind_of_float_code_survives_half(checkpoint, scheme):
     folder = checkpoint("llama", scheme).path
     model = atomq.hf.load(folder)
@@ -274,7 +275,7 @@ def test_every_kind_of_float_code_survives_half(checkpoint, scheme):
     assert float((model(TOKENS).logits - before).abs().mean()) < 0.2  # norms and embeddings were rounded
 
 
-@pytest.mark.parametrize("scheme", ["atom", "progressive", "e4m3 outliers"])
+@pytest.mark.parametrize("scheme", ["atom", "progressive", "e4m3 outliers", "searched clips"])
 def test_float_codes_are_those_of_the_file_whatever_transformers_made_of_them(checkpoint, scheme):
     folder = checkpoint("llama", scheme).path
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -317,7 +318,9 @@ def test_scales_that_need_float32_give_the_simulated_logits(tiny_scale_checkpoin
 
 
 @pytest.mark.parametrize("kind", TINY_MODELS)
-@pytest.mark.parametrize("scheme", ["atom", "progressive hadamard", "asymmetric", "e4m3 outliers", "w16a4"])
+@pytest.mark.parametrize(
+    "scheme", ["atom", "progressive hadamard", "searched clips", "e4m3 outliers", "w16a4"]
+)
 def test_save_pretrained_writes_the_same_tensors(checkpoint, kind, scheme, tmp_path):
     made = checkpoint(kind, scheme)
     model = AutoModelForCausalLM.from_pretrained(made.path)
@@ -418,6 +421,8 @@ def test_the_flag_of_each_group_says_whether_it_is_transformed(checkpoint, spoil
         ("atom", "mlp.up_proj.outlier_scales", lambda t: t.neg_(), "not positive and finite"),
         ("progressive", "mlp.up_proj.scale_base", lambda t: t.fill_(float("inf")), "not positive and finite"),
         ("asymmetric", "mlp.up_proj.zeros", set_first(16), "not below 16"),
+        ("searched clips", "mlp.gate_proj.clip_ratio", lambda t: t.fill_(1.5), "not above 0 and at most 1"),
+        ("searched clips", "self_attn.o_proj.clip_ratio", lambda t: t.zero_(), "not above 0 and at most 1"),
         ("e5m2 outliers", "mlp.up_proj.outlier_weight", lambda t: (t.float() / 0).to(t.dtype), "not finite"),
     ],
 )

@@ -38,6 +38,7 @@ BELOW_COMMANDS = {
     "eval",
     "block_loop",
     "block_quantizer",
+    "clip_choice",
     "assist",
     "pipeline",
     "checkpoints",
@@ -70,7 +71,8 @@ LAW = {
     "runtime": {"numerics", "kernels", "models"},
     "eval": {"numerics", "kernels", "models", "formats", "runtime"},
     "rotation_choice": {"block_loop", "eval", "formats", "models"},
-    "block_quantizer": {"method", "models", "numerics"},
+    "block_quantizer": {"clip_choice", "method", "models", "numerics"},
+    "clip_choice": {"method", "models", "numerics"},
     "block_loop": {"block_quantizer", "method", "models", "numerics"},
     "report": {"formats", "numerics"},
     "memory": set(),
@@ -139,6 +141,7 @@ LIBRARIES = {
         ALWAYS,
     )
     | {"checkpoints": ALWAYS, "block_quantizer": ALWAYS, "export": ALWAYS, "integrations": ALWAYS}
+    | {"clip_choice": ALWAYS}
     | {"report.facts": ALWAYS, "distributed": ALWAYS, "assist": ALWAYS, "rotation_choice": ALWAYS}
     | {"environment": LAZILY, "runtime": ALWAYS, "ablation": ALWAYS}
     | {"api": ALWAYS}

@@ -64,6 +64,11 @@ SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
     "e4m3 outliers": ("atom", SIZES | {"outliers.precision": "e4m3", "outliers.metric": "abs_mean"}),
     "outliers not reordered": ("atom", SIZES | {"outliers.reorder": False}),
     "reordered without outliers": ("atom", SIZES | {"outliers.n_outliers": 0}),
+    "searched clips": ("atom", SIZES | HADAMARD | {"activations.clip_search": "output"}),
+    "searched clips, not reordered": (
+        "atom",
+        SIZES | {"activations.clip_search": "output", "outliers.reorder": False},
+    ),
     "kv after rope": ("atom", SIZES | KV_ROTATED),
     "kv only": ("rtn", {"weights.n_bits": 16, "activations.n_bits": 16} | KV_ROTATED),
     "w16a4": ("atom", SIZES | {"weights.n_bits": 16, "solver.method": "rtn"}),

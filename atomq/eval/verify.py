@@ -236,7 +236,7 @@ def _test_inputs(
 
 
 def _quantize(linear: QuantizedLinear, ordered: torch.Tensor) -> QuantizedActivations | torch.Tensor:
-    scheme = linear.scheme
+    scheme = linear.input_scheme()
     if scheme.activations.n_bits == FLOAT_BITS:
         return ordered
     return quantize_activations(

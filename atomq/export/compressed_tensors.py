@@ -75,11 +75,12 @@ class CompressedTensors:
                 )
 
     def _check_range(self) -> None:
-        given = self.scheme.activations.clip_ratio
-        if given != 1.0:
+        activations = self.scheme.activations
+        if activations.has_own_clips or activations.clip_ratio != 1.0:
+            given = "one for each input" if activations.has_own_clips else activations.clip_ratio
             raise ConfigError(
                 f"{NAME} has no clip ratio of activations, and this checkpoint has {given}; quantize with "
-                f"--set activations.clip_ratio=1"
+                f"--set activations.clip_ratio=1 --set activations.clip_search=none"
             )
 
     @property

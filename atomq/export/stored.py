@@ -115,7 +115,7 @@ def read_blocks(folder: Path, opened: Opened) -> Iterator[StoredBlock]:
         linears = install_linears(copy.deepcopy(skeleton), family, scheme)
         row_orders: dict[str, torch.Tensor] = {}
         for name, linear in linears.items():
-            for suffix in (*linear.code_names, "perm", "weight"):
+            for suffix in (*linear.code_names, "perm", "clip_ratio", "weight"):
                 tensor = tensors.pop(f"{prefix}{name}.{suffix}", None)
                 if tensor is not None:
                     linear.register_buffer(suffix, tensor)

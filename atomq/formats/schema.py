@@ -64,7 +64,10 @@ def _as_written_now(scheme: Any) -> Any:
     """A scheme with what files of before these settings came do not say: they had none of them."""
     if not isinstance(scheme, dict):
         return scheme
-    newer: dict[str, dict[str, Any]] = {"kv": {"key_offset": False}, "activations": {"scale_span": "full"}}
+    newer: dict[str, dict[str, Any]] = {
+        "kv": {"key_offset": False},
+        "activations": {"scale_span": "full", "clip_search": "none"},
+    }
     tables = [part for part in newer if isinstance(scheme.get(part), dict)]
     return {**scheme, **{part: {**newer[part], **scheme[part]} for part in tables}}
 
@@ -114,6 +117,8 @@ def linear_tensors(
             specs["bias"] = TensorSpec(FLOAT_DTYPES, (shape.n_out,))
         if scheme.outliers.reorder and family.owns_group(name):
             specs["perm"] = TensorSpec((torch.int32,), (shape.n_in,))
+        if scheme.activations.has_own_clips and family.owns_group(name):
+            specs["clip_ratio"] = TensorSpec((torch.float32,), (1,))
         tensors |= {f"{name}.{suffix}": spec for suffix, spec in specs.items()}
     return tensors
 
@@ -130,6 +135,7 @@ def check_values(name: str, tensors: Mapping[str, torch.Tensor], scheme: QuantSc
     }
     positive = ("positive and finite", lambda t: t.isfinite() & (t > 0))
     rules |= dict.fromkeys(("scales", "scale_base", "outlier_scales"), positive)
+    rules["clip_ratio"] = ("above 0 and at most 1", lambda t: (t > 0) & (t <= 1))
     rules["key_offset"] = ("finite", lambda t: t.isfinite())
     if scheme.outliers.precision != "int8":
         rules["outlier_weight"] = ("finite", lambda t: t.float().isfinite())

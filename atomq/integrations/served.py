@@ -20,12 +20,16 @@ from atomq.numerics.kv import fake_quantize_heads
 from atomq.numerics.linear import InputOrder, QuantizedLinear, linear_specs
 
 Tensors = Mapping[str, torch.Tensor]
+SHARED = ("perm", "clip_ratio")  # tensors of a linear group, which its first linear holds
 
 
 def stored_names(n_out: int, n_in: int, scheme: QuantScheme) -> tuple[str, ...]:
-    """Last names of the tensors that a fused linear takes from a checkpoint; `perm` is the first part's."""
-    names = tuple(linear_specs(n_out, n_in, scheme))
-    return (*names, "perm") if scheme.outliers.reorder else names
+    """Last names of the tensors that a fused linear takes from a checkpoint; those of SHARED are the first
+    part's.
+    """
+    present = (scheme.outliers.reorder, scheme.activations.has_own_clips)
+    shared = (name for name, there in zip(SHARED, present, strict=True) if there)
+    return (*linear_specs(n_out, n_in, scheme), *shared)
 
 
 def check_servable(scheme: QuantScheme, family: ModelFamily) -> None:
@@ -77,13 +81,13 @@ def fuse(parts: Sequence[Tensors], n_out: int, scheme: QuantScheme) -> dict[str,
     parts = [part for part in parts if part]
     if sum(len(part.get("qweight", ())) for part in parts) != n_out:
         raise CheckpointError(f"not all {n_out} rows of a linear were loaded; the checkpoint is not whole")
-    names = {name for name in parts[0] if name != "perm"}
-    if any(set(part) - {"perm"} != names for part in parts):
+    names = parts[0].keys() - SHARED
+    if any(part.keys() - SHARED != names for part in parts):
         raise CheckpointError("the fused linears do not have the same tensors; the checkpoint is not whole")
     if any(len(part["qweight"]) % scheme.weights.channel_group for part in parts[:-1]):
         raise CheckpointError(f"channel groups of {scheme.weights.channel_group} rows straddle two linears")
     fused = {name: torch.cat([part[name] for part in parts]) for name in names}
-    return fused | {"perm": parts[0]["perm"]} if "perm" in parts[0] else fused
+    return fused | {name: parts[0][name] for name in SHARED if name in parts[0]}
 
 
 def served_linear(tensors: Tensors, group: LinearGroup, scheme: QuantScheme, n_in: int) -> nn.Module:

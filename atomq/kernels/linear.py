@@ -96,7 +96,7 @@ class KernelLinear(nn.Module):
         self.weight = repack_weight(canonical_weight(linear))
         perm = linear.input_order() if linear.is_gathered else None
         self.perm = None if self.quantizes else perm
-        self.activations = ActivationFormat.of(scheme, linear.in_features)
+        self.activations = ActivationFormat.of(linear.input_scheme(), linear.in_features)
         self.order = ChannelOrder.of(perm, self.activations) if perm is not None and self.quantizes else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

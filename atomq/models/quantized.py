@@ -24,8 +24,8 @@ from atomq.numerics.scales import straight_through
 def install_linears(block: nn.Module, family: ModelFamily, scheme: QuantScheme) -> dict[str, QuantizedLinear]:
     """Replace the linears of `block` by `QuantizedLinear`s without weights; answer them by name.
 
-    Biases move over; the caller fills in weights or codes, and `perm` on the first linear of each group if
-    the scheme reorders.
+    Biases move over; the caller fills in weights or codes, and on the first linear of each group `perm` if
+    the scheme reorders and `clip_ratio` if groups have their own.
     """
     if not scheme.quantizes_linears:
         return {}
@@ -37,9 +37,9 @@ def install_linears(block: nn.Module, family: ModelFamily, scheme: QuantScheme) 
             linear = block.get_submodule(name)
             assert isinstance(linear, nn.Linear), name
             order = None
-            if scheme.outliers.reorder:
+            if scheme.outliers.reorder or scheme.activations.has_own_clips:
                 owner = None if name == group.owner else installed[group.owner]
-                order = InputOrder(owner, gathered=not group.absorbed_by)
+                order = InputOrder(owner, gathered=scheme.outliers.reorder and not group.absorbed_by)
             installed[name] = QuantizedLinear(
                 linear.in_features, linear.out_features, of_group, linear.bias, order
             )
@@ -63,7 +63,7 @@ def install_stored(
     """
     linears = install_linears(block, family, scheme)
     for name, linear in linears.items():
-        suffixes = (*linear.code_names, "perm", "weight")
+        suffixes = (*linear.code_names, "perm", "clip_ratio", "weight")
         linear.allocate({s: stored[f"{name}.{s}"] for s in suffixes if f"{name}.{s}" in stored})
     install_kv_quantizer(block, family, scheme.kv, head_dim)
     return linears

@@ -9,6 +9,7 @@ multiplied in float32.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -70,10 +71,10 @@ def linear_specs(n_out: int, n_in: int, scheme: QuantScheme) -> dict[str, Tensor
 
 
 class InputOrder(NamedTuple):
-    """Where a linear finds the order of its input channels.
+    """Where a linear finds what its group shares: the order of the input's channels, and its clip ratio.
 
     Attributes:
-        owner: the linear that holds `perm`, or None if the linear itself does.
+        owner: the linear that holds `perm` and `clip_ratio`, or None if the linear itself does.
         gathered: whether the input is gathered by `perm` at run time; else its producer is already reordered.
     """
 
@@ -107,8 +108,9 @@ class QuantizedLinear(nn.Module):
     """A linear whose weight is stored in codes and whose input is quantized on the way in.
 
     Buffers are those of `linear_specs`, `perm` int32 [in_features] on the first linear of a reordered group,
-    and `weight` [out, in] while the weight is in floating point. Codes, scales and `perm` keep dtype and
-    bits under `.half()`, `.to(dtype)` and the like; only device moves reach them.
+    `clip_ratio` float32 [1] on the first of a group that has its own, and `weight` [out, in] while the
+    weight is in floating point. All but `weight` keep dtype and bits under `.half()`, `.to(dtype)` and the
+    like; only device moves reach them.
     """
 
     bias: nn.Parameter | None
@@ -147,7 +149,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def order_owner(self) -> QuantizedLinear:
-        """The linear of the group that holds `perm`, if its input is reordered; else the linear itself."""
+        """The linear of the group that holds `perm` and `clip_ratio`, if there are any."""
         return self._owner[0] if self._owner else self
 
     def allocate(self, stored: Mapping[str, TensorSpec]) -> None:
@@ -158,6 +160,17 @@ class QuantizedLinear(nn.Module):
     def set_perm(self, perm: torch.Tensor) -> None:
         """Make this linear the owner of the group's order."""
         self.register_buffer("perm", perm.to(torch.int32))
+
+    def set_clip_ratio(self, ratio: float) -> None:
+        """Make this linear the owner of the group's clip ratio, above 0 and at most 1."""
+        self.register_buffer("clip_ratio", torch.tensor([ratio], dtype=torch.float32, device=self.device))
+
+    def input_scheme(self) -> QuantScheme:
+        """The scheme with the clip ratio that its input has, which may be its group's own."""
+        if not self.scheme.activations.has_own_clips:
+            return self.scheme
+        ratio = self.order_owner.get_buffer("clip_ratio").item()
+        return replace(self.scheme, activations=replace(self.scheme.activations, clip_ratio=ratio))
 
     def set_float_weight(self, weight: torch.Tensor) -> None:
         """Compute with the float `weight` [out, in], in the order and basis of the stored input."""
@@ -237,7 +250,7 @@ class QuantizedLinear(nn.Module):
 
     def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
         """What the multiplication sees of an input [..., in_features]: ordered and fake-quantized."""
-        ordered, scheme = self.order_input(x), self.scheme
+        ordered, scheme = self.order_input(x), self.input_scheme()
         if scheme.activations.n_bits == FLOAT_BITS:
             return ordered
         n_outliers = scheme.outliers.n_outliers
@@ -270,7 +283,8 @@ class QuantizedLinear(nn.Module):
         alone.
         """
         self._dense = None
-        exact = {name: self._buffers[name] for name in self.code_names if self._buffers.get(name) is not None}
+        names = (*self.code_names, "clip_ratio")
+        exact = {name: self._buffers[name] for name in names if self._buffers.get(name) is not None}
         for name, tensor in exact.items():
             if tensor is not None:
                 self._buffers[name] = tensor.view(_SAME_SIZE_INTEGER[tensor.element_size()])

@@ -147,7 +147,7 @@ def search_group_scales(
         column_cost: [width] what a squared error in each column costs.
     """
     n_rows, grid = columns.shape[0], weight_grid(scheme)
-    ratios = _clip_ratios(clip_ratio, columns.dtype, columns.device)
+    ratios = clip_ratios(clip_ratio, columns.dtype, columns.device)
     tried = find_group_scales(columns, scheme, ratios, span, base)
     rows_at_once = max(1, _ELEMENTS_AT_ONCE // (CLIP_STEPS * columns.shape[1]))
     row_cost = columns.new_empty(CLIP_STEPS, n_rows)
@@ -176,7 +176,7 @@ def search_group_scales(
 
 
 @cache
-def _clip_ratios(highest: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def clip_ratios(highest: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The ratios [CLIP_STEPS, 1] to try, from `highest` down; kept, since a copy would wait for the GPU."""
     with torch.inference_mode(False):
         steps = torch.arange(CLIP_STEPS, dtype=torch.float64).unsqueeze(1)

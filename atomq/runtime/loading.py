@@ -153,4 +153,5 @@ def _stage(
     perm = first.input_order() if first.is_gathered else None
     if scheme.activations.n_bits == FLOAT_BITS:
         return W4A16Stage(weight4, perm, before, norm)
-    return W4A4Stage(weight4, ActivationFormat.of(scheme, first.in_features), perm, before, norm)
+    activations = ActivationFormat.of(first.input_scheme(), first.in_features)
+    return W4A4Stage(weight4, activations, perm, before, norm)

@@ -135,7 +135,13 @@ def test_a_note_says_whose_range_the_activations_have(tiny_dir, tmp_path, span, 
         (
             "ct-w4a4",
             {**G16, "activations.clip_ratio": 0.9},
-            "quantize with --set activations.clip_ratio=1",
+            "this checkpoint has 0.9; quantize with --set activations.clip_ratio=1",
+        ),
+        (
+            "ct-w4a4",
+            {**G16, "activations.clip_search": "output"},
+            "this checkpoint has one for each input; quantize with --set activations.clip_ratio=1 --set "
+            "activations.clip_search=none",
         ),
         ("w4a16", {"weights.symmetric": False}, "export with --format gptq_v2 or hf"),
         ("w4a16", {"weights.group_size": 16, "outliers.reorder": True}, "these were reordered"),

@@ -185,6 +185,7 @@ def test_index_config_and_manifest_have_their_golden_text(tmp_path):
                 "clip_ratio": 1.0,
                 "scale_mode": "exact",
                 "scale_span": "full",
+                "clip_search": "none",
             },
             "outliers": {"n_outliers": 2, "precision": "int8", "metric": "hessian", "reorder": True},
             "kv": {

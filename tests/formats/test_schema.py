@@ -78,6 +78,7 @@ EXPECTED = {
 EXPECTED |= dict.fromkeys(
     ("hadamard", "fp4 e2m1", "exponential", "kv after rope", "outliers not reordered"), EXPECTED["atom"]
 )
+EXPECTED |= dict.fromkeys(("searched clips", "searched clips, not reordered"), EXPECTED["atom"])
 EXPECTED |= {"progressive hadamard": EXPECTED["progressive"], "w16a4 hadamard": EXPECTED["w16a4"]}
 
 
@@ -89,6 +90,8 @@ def test_every_scheme_has_exactly_its_tensors(name):
         expected[f"{OWNER}.bias"] = (FLOAT, (9,))
     if scheme.outliers.reorder:
         expected[f"{OWNER}.perm"] = ((I32,), (48,))  # the first linear of the group, and no other
+    if name.startswith("searched clips"):
+        expected[f"{OWNER}.clip_ratio"] = ((F32,), (1,))
     found = linear_tensors(LLAMA, scheme, SHAPES)
     assert {key: tuple(spec) for key, spec in found.items()} == expected
 
@@ -224,5 +227,5 @@ def test_files_of_before_a_setting_came_are_read_without_it():
     scheme = recipe_of("atom").scheme
     config = quantization_config(FAMILIES["llama"], scheme)
     del config["scheme"]["kv"]["key_offset"]
-    del config["scheme"]["activations"]["scale_span"]
+    del config["scheme"]["activations"]["scale_span"], config["scheme"]["activations"]["clip_search"]
     assert parse_quantization_config(config)[1] == scheme

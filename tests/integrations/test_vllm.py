@@ -118,7 +118,18 @@ def plugin_config(vllm, folder: Path):
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-mha-bias"])
-@pytest.mark.parametrize("scheme", ["atom", "hadamard", "progressive", "w4a16", "reordered without outliers"])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        "atom",
+        "hadamard",
+        "progressive",
+        "w4a16",
+        "reordered without outliers",
+        "searched clips",
+        "searched clips, not reordered",
+    ],
+)
 def test_fused_linears_compute_what_the_simulation_does(vllm, tmp_path, kind, scheme):
     out = tmp_path / "OUT"
     quantize_tiny(save_tiny_model(tmp_path / "model", kind), out, scheme)

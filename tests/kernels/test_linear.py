@@ -23,6 +23,7 @@ PROGRESSIVE = {
     "weights.scale_mode": "progressive",
     "activations.scale_mode": "progressive",
 }
+CLIPS = {"solver.method": "gptq", "activations.clip_search": "output"}
 RECIPES = {
     "atom": {},
     "no outliers": {"outliers.n_outliers": 0},
@@ -31,6 +32,8 @@ RECIPES = {
     "progressive": PROGRESSIVE,
     "progressive hadamard": {**PROGRESSIVE, "transform": "hadamard"},
     "original order": {"outliers.reorder": False},
+    "searched clips": CLIPS,
+    "searched clips, original order": {**CLIPS, "outliers.reorder": False},
 }
 
 
@@ -79,9 +82,9 @@ def test_weights_alone_are_multiplied_with_16_bit_activations():
     assert (outputs.double() - expected).norm() <= 1e-6 * expected.norm()
 
 
-@pytest.mark.parametrize("alter", ["nibble", "scale", "outlier", "order", "bias"])
+@pytest.mark.parametrize("alter", ["nibble", "scale", "outlier", "order", "bias", "clip"])
 def test_it_reads_every_stored_tensor(alter):
-    linear = quantized_block({}).self_attn.q_proj
+    linear = quantized_block(CLIPS if alter == "clip" else {}).self_attn.q_proj
     x = torch.randn(3, 448, generator=torch.Generator().manual_seed(2))
     before = KernelLinear(linear)(x)
     match alter:
@@ -95,6 +98,8 @@ def test_it_reads_every_stored_tensor(alter):
             linear.perm[[0, 447]] = linear.perm[[447, 0]]
         case "bias":
             linear.bias.data[1] += 1
+        case "clip":
+            linear.clip_ratio *= 0.9
     assert not torch.equal(KernelLinear(linear)(x), before)
 
 

@@ -39,6 +39,7 @@ SCHEMES = {
         "weights.scale_mode": "progressive",
         "activations.scale_mode": "progressive",
     },
+    "searched clips": {**PLAIN, "solver.method": "gptq", "activations.clip_search": "output"},
     "weights in 4 bits alone": {**PLAIN, "activations.n_bits": 16, "outliers.n_outliers": 0},
 }
 
