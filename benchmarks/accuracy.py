@@ -13,6 +13,7 @@ import platform
 import subprocess
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ import typer
 
 import atomq.hf
 from atomq import pipeline
+from atomq.block_loop import QuantizationReport
 from atomq.commands import console
 from atomq.config import CalibrationConfig
 from atomq.eval.perplexity import evaluate_perplexity
@@ -146,7 +148,14 @@ def measure(
         "evaluate_seconds": time.perf_counter() - started,
         **{key: result.summary[key] for key in ("effective_bits", "size_bytes", "seconds", "warnings")},
         "mean_relative_error": result.summary["mean_relative_error"],
+        "clip_ratios": clip_ratios(result.report),
     }
+
+
+def clip_ratios(report: QuantizationReport) -> dict[str, int]:
+    """How many linears have each of the clip ratios that were searched for their inputs; none if none was."""
+    found = (linear.clip_ratio for linear in report.linears if linear.clip_ratio is not None)
+    return {f"{ratio:.4g}": n for ratio, n in sorted(Counter(found).items())}
 
 
 def environment(device: torch.device, commit: str) -> dict[str, Any]:

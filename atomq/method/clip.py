@@ -30,7 +30,9 @@ def search_clip(x: torch.Tensor, weights: Sequence[torch.Tensor], scheme: QuantS
     """
     activations, outliers = scheme.activations, scheme.outliers
     ratios = clip_ratios(activations.clip_ratio, torch.float32, torch.device("cpu")).flatten().tolist()
-    gram = torch.stack([weight.T @ weight for weight in weights]).sum(0)
+    gram = x.new_zeros(x.shape[1], x.shape[1])
+    for weight in weights:
+        gram.addmm_(weight.T, weight)
     costs = torch.zeros(len(ratios), dtype=torch.float64, device=x.device)
     for index, ratio in enumerate(ratios):
         clipped = replace(activations, clip_ratio=ratio)
