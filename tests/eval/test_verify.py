@@ -38,6 +38,8 @@ RECIPES = {
     "16-bit activations": {"activations.n_bits": 16},
     "16-bit weights": {"weights.n_bits": 16},
     "E4M3 outliers": {"outliers.precision": "e4m3"},
+    "searched clips": {"activations.clip_search": "output"},
+    "searched clips, not reordered": {"activations.clip_search": "output", "outliers.reorder": False},
 }
 
 
@@ -165,13 +167,14 @@ def test_kernels_refuse_what_they_cannot_run():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mode", ["exact", "progressive", "hadamard", "w4a16"])
+@pytest.mark.parametrize("mode", ["exact", "progressive", "hadamard", "searched clips", "w4a16"])
 def test_the_kernels_prove_a_checkpoint_and_run_a_model(mode):
     settings = {"weights.group_size": 64, "activations.group_size": 64, "outliers.n_outliers": 16}
     settings |= {
         "exact": {},
         "progressive": RECIPES["progressive"],
         "hadamard": {"transform": "hadamard", "kv.rotation": "hadamard"},
+        "searched clips": RECIPES["searched clips"],
         "w4a16": {"activations.n_bits": 16, "outliers.n_outliers": 0, "outliers.reorder": False},
     }[mode]
     model = quantized(settings, hidden_size=192, intermediate_size=320)
@@ -185,7 +188,7 @@ def test_the_kernels_prove_a_checkpoint_and_run_a_model(mode):
     distance = (model(TOKENS.cuda()).logits.float() - expected).norm() / expected.norm()
     # Sums in another order: a value on the edge between two codes (or, progressive, two factors of a whole
     # group) may fall to either side.
-    assert distance < (1e-3 if mode == "exact" else 2e-2)
+    assert distance < (1e-3 if mode in ("exact", "searched clips") else 2e-2)
 
 
 def test_the_command_proves_a_checkpoint_and_says_what_computed_it(tmp_path, capsys):
