@@ -14,7 +14,7 @@ from atomq.models.blocks import BlockInputs, InputSeen
 from atomq.models.families import LinearGroup
 from atomq.numerics.linear import QuantizedLinear
 
-SEARCH_TOKENS = 4096  # of all processes together, in whole windows
+SEARCH_TOKENS = 2048  # of all processes together, in whole windows
 
 
 def choose_clips(
