@@ -50,9 +50,11 @@ def measure(path: Path, commit: str) -> dict[str, Any]:
             if work is None:
                 continue
             with subprocess.Popen(_watch_command(), stdout=subprocess.PIPE, text=True) as watch:
-                time.sleep(0.1)
-                samples = time_sustained(work.launches, SECONDS)
-                watch.terminate()
+                try:
+                    time.sleep(0.1)
+                    samples = time_sustained(work.launches, SECONDS)
+                finally:
+                    watch.terminate()  # it would go on for ever, and so would waiting for it
                 seen = watch.communicate()[0].splitlines()
             record["results"].append(
                 {"name": candidate.name, "n_tokens": n_tokens, "us": steps(samples), "clock_power": seen}

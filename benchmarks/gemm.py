@@ -34,6 +34,7 @@ from atomq.kernels.activations import quantize_act
 from atomq.kernels.layout import ActivationFormat, ChannelOrder
 from atomq.kernels.repack import PackedActivations
 from benchmarks.gemm_goals import check_goals
+from benchmarks.gemm_runs import NOTHING, without
 from benchmarks.gemm_tables import quantize_table, table
 
 SHAPES = [
@@ -55,10 +56,14 @@ def measure(path: Path, commit: str, from_tokens: int) -> dict[str, Any]:
 
     The record is written after every shape, results go to stderr as they come. Its "runs" say which commit
     measured which numbers of tokens; the rest of its head is that of the last run.
+
+    Raises:
+        ValueError: what stays was measured on another GPU.
     """
     passes = [tokens for tokens in PASSES if tokens[0] >= from_tokens]
     now_measured = [n for tokens in passes for n in tokens]
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"runs": [], "results": []}
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else NOTHING
+    runs, results = without(earlier, now_measured, torch.cuda.get_device_name())
     candidates, left_out = usable(all_candidates())
     ceilings = measure_ceilings()
     run: dict[str, Any] = {
@@ -75,8 +80,8 @@ def measure(path: Path, commit: str, from_tokens: int) -> dict[str, Any]:
         "left_out": left_out,
         "group_size": 128,
         "n_outliers": 128,
-        "runs": [*earlier["runs"], run],
-        "results": [result for result in earlier["results"] if result["n_tokens"] not in now_measured],
+        "runs": [*runs, run],
+        "results": results,
     }
     started = time.perf_counter()
     for tokens in passes:
@@ -151,7 +156,8 @@ def main() -> None:
     parser.add_argument("--save", type=Path)
     parser.add_argument("--table", type=Path)
     parser.add_argument("--commit", default="")
-    parser.add_argument("--from-tokens", type=int, default=1, help="leave passes of fewer tokens as they are")
+    starts = [tokens[0] for tokens in PASSES]  # the passes to run begin at one
+    parser.add_argument("--from-tokens", type=int, choices=starts, default=starts[0])
     options = parser.parse_args()
     if options.save:
         measure(options.save, options.commit, options.from_tokens)

@@ -15,7 +15,7 @@ import torch
 
 from atomq.config import KVScheme
 from atomq.errors import KernelError
-from atomq.eval.attention_peers import Case, launches_of, normal, peers
+from atomq.eval.attention_peers import REFUSALS, Case, launches_of, normal, peers
 from atomq.eval.gemm_timing import Launch, n_copies, time_in_turns
 from atomq.kernels.kv_cache import decode_attention
 from atomq.kernels.kv_pages import HeadParameters, PageFormat
@@ -71,7 +71,7 @@ def bench(case: Case, bandwidth: float, on_left_out: Callable[[str], None]) -> I
     for name, make in peers().items():
         try:
             launches[f"{name}, float16"] = (launches_of(make, case, n_copies(moved)), moved)
-        except (ImportError, RuntimeError, KernelError) as error:
+        except REFUSALS as error:
             on_left_out(f"{name} is left out at {tuple(case)}: {' '.join(str(error).split())[:200]}")
     timings = time_in_turns([launch for launch, _ in launches.values()])
     for (name, (_, moved)), timing in zip(launches.items(), timings, strict=True):

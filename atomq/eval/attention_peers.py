@@ -23,6 +23,8 @@ from atomq.kernels.kv_pages import PAGE_TOKENS
 DEVICE = "cuda"
 _WORKSPACE_BYTES = 128 << 20  # what FlashInfer's documentation asks for
 _TOLERANCE = 5e-3  # of float16 results, relative
+REFUSALS = (ImportError, RuntimeError, ValueError, AssertionError, OSError, KernelError)
+"""How a peer says that it is not installed, cannot be compiled here, takes no such case, or is wrong."""
 
 
 class Case(NamedTuple):
@@ -60,8 +62,7 @@ def launches_of(make: Callable[[Case], Peer], case: Case, copies: int) -> list[L
     """Launches on `copies` caches, the first of which has been checked.
 
     Raises:
-        ImportError, RuntimeError: the library is not installed, or does not take the case.
-        KernelError: its first sequence is wrong.
+        Exception: one of REFUSALS; KernelError if its first sequence is wrong.
     """
     peer = make(case)
     query = normal(case.batch, case.n_heads, case.group, case.head_dim)

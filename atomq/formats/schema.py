@@ -61,9 +61,21 @@ def parse_quantization_config(config: Mapping[str, Any]) -> tuple[ModelFamily, Q
 
 
 def _as_written_now(scheme: Any) -> Any:
-    """A scheme with what files of before these settings came do not say: they had none of them."""
+    """A scheme with what files of before these settings came do not say: they had none of them.
+
+    Raises:
+        CheckpointError: progressive scales of that time, which had a byte for each factor. Where rows are of
+            one group, their tensors look like those of now.
+    """
     if not isinstance(scheme, dict):
         return scheme
+    weights, activations = scheme.get("weights"), scheme.get("activations")
+    is_progressive = isinstance(weights, dict) and weights.get("scale_mode") == "progressive"
+    if is_progressive and isinstance(activations, dict) and "clip_search" not in activations:
+        raise CheckpointError(
+            "config.json: an early build wrote these progressive scales, a byte for each factor, which are "
+            "not read any more; quantize the model again"
+        )
     newer: dict[str, dict[str, Any]] = {
         "kv": {"key_offset": False},
         "activations": {"scale_span": "full", "clip_search": "none"},

@@ -29,7 +29,7 @@ from atomq.formats.journal import CHOICE
 from atomq.formats.schema import parse_quantization_config
 from atomq.numerics.groups import n_groups
 from atomq.numerics.linear import TensorSpec
-from atomq.numerics.packing import unpack_factors
+from atomq.numerics.packing import FACTOR_BITS, unpack_factors
 from atomq.presets import stored_recipe_name
 
 REPORT_VERSION = 1
@@ -278,8 +278,10 @@ def _scale_histograms(
             continue
         scales = tensor.float()
         if suffix == "scale_factors":
+            # A row of codes may have room for more than it holds, and then for a group more than it has.
             n_codes = 8 * headers[f"{owner}.qweight"].shape[-1] // scheme.weights.n_bits
-            factors = unpack_factors(tensor, n_groups(n_codes, scheme.weights.group_size))
+            most = n_groups(n_codes, scheme.weights.group_size)
+            factors = unpack_factors(tensor, min(most, 8 * tensor.shape[-1] // FACTOR_BITS))
             scales = bases.pop(owner).float()[:, None] * factors
         usable = scales.nan_to_num(0.0).clamp(2.0**-126, 2.0**126)  # whatever a file may hold
         positions = (usable.log2() * BINS_PER_OCTAVE).floor().long().flatten()

@@ -229,3 +229,12 @@ def test_files_of_before_a_setting_came_are_read_without_it():
     del config["scheme"]["kv"]["key_offset"]
     del config["scheme"]["activations"]["scale_span"], config["scheme"]["activations"]["clip_search"]
     assert parse_quantization_config(config)[1] == scheme
+
+
+def test_progressive_scales_of_before_the_factors_were_packed_are_refused():
+    """With one group a row the tensors of both have the same dtypes and shapes."""
+    config = quantization_config(FAMILIES["llama"], recipe_of("progressive").scheme)
+    parse_quantization_config(config)
+    del config["scheme"]["activations"]["clip_search"]
+    with pytest.raises(CheckpointError, match="a byte for each factor, which are not read any more"):
+        parse_quantization_config(config)

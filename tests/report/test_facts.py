@@ -105,6 +105,14 @@ def test_histograms_count_every_scale_in_its_bin(made):
     assert bool(bins) == (scheme not in ("kv only", "w16a4"))
 
 
+def test_a_row_of_codes_with_room_for_one_group_more_makes_no_scale_of_it(tiny_dir, tmp_path):
+    """44 channels at 3 bits fill 17 bytes, which could hold 45: two groups of 22, or three."""
+    changes = {"weights.group_size": 22, "outliers.n_outliers": 4, "weights.n_bits": 3}
+    out = quantize_tiny(tiny_dir, tmp_path / "OUT", "progressive", settings=changes).path
+    found = {scales.kind: sum(scales.counts) for scales in facts.gather(out).scales}
+    assert found["self_attn.o_proj"] == 2 * 48 * 2
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
