@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import resource
+import sys
 import threading
 from pathlib import Path
 from types import TracebackType
@@ -18,14 +19,16 @@ _LARGE = 4 << 20  # bytes
 
 def held_bytes() -> int:
     """Anonymous and shared memory of this process; pages of files that are mapped for reading do not count,
-    since the system takes them back when it needs them. Where the system does not say, all of its memory.
+    since the system takes them back when it needs them. Where the system does not say, the most that it
+    had of any memory so far.
     """
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         fields = dict(line.split(":", 1) for line in lines)
         return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
     except (OSError, KeyError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def free_bytes() -> int | None:

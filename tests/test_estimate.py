@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,7 @@ def test_what_is_outside_of_the_blocks_is_read_beside_the_probe_as_in_a_run(tmp_
     assert all(name.startswith("atomq-background") for name in read.values())
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not say what is held now")
 def test_large_tensors_are_given_back_though_small_ones_behind_them_live_on():
     give_back_large_ones()
     learned_from = torch.ones(7_500_000)  # glibc would keep what is smaller
@@ -189,3 +191,15 @@ def test_memory_that_is_held_for_a_moment_is_noticed():
     assert memory.peak_bytes - before == pytest.approx(200e6, rel=0.2)
     assert memory.peak_gpu_bytes is None
     assert free_bytes() is None or free_bytes() > 0
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("darwin", 1), ("linux", 1024)])
+def test_where_proc_says_nothing_the_system_is_asked_in_its_own_unit(monkeypatch, platform, unit):
+    def unreadable(*_args, **_options):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", unreadable)
+    monkeypatch.setattr(atomq.memory.sys, "platform", platform)
+    usage = types.SimpleNamespace(ru_maxrss=7)
+    monkeypatch.setattr(atomq.memory.resource, "getrusage", lambda _who: usage)
+    assert held_bytes() == 7 * unit

@@ -98,10 +98,12 @@ def served_linear(tensors: Tensors, group: LinearGroup, scheme: QuantScheme, n_i
         KernelError: on a GPU, a scheme outside the kernels' envelope.
     """
     n_out = len(tensors["qweight"])
-    for name, spec in linear_specs(n_out, n_in, scheme).items():
-        if name not in tensors or tuple(tensors[name].shape) != spec.shape:
+    shapes = {name: spec.shape for name, spec in linear_specs(n_out, n_in, scheme).items()}
+    shapes = {"perm": (n_in,), "clip_ratio": (1,)} | shapes
+    for name in stored_names(n_out, n_in, scheme):
+        if name not in tensors or tuple(tensors[name].shape) != shapes[name]:
             found = list(tensors[name].shape) if name in tensors else "missing"
-            raise CheckpointError(f"{group.owner}.{name} is {found}; it must be {list(spec.shape)}")
+            raise CheckpointError(f"{group.owner}.{name} is {found}; it must be {list(shapes[name])}")
     of_group = scheme if group.transformed else dataclasses.replace(scheme, transform="none")
     order = InputOrder(None, gathered=not group.absorbed_by) if scheme.outliers.reorder else None
     linear = QuantizedLinear(n_in, n_out, of_group, None, order)

@@ -255,3 +255,15 @@ def test_on_a_gpu_the_kernels_compute_the_fused_linears_and_a_graph_holds_them(v
     x.copy_(x.flip(0))
     graph.replay()
     torch.testing.assert_close(captured, found.flip(0), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("lost", "found"), [("perm", "[48]"), ("clip_ratio", "[1]"), ("scales", "[80, 3]")])
+def test_a_tensor_that_was_not_loaded_is_named(vllm, tiny_dir, tmp_path, lost, found):
+    quantize_tiny(tiny_dir, tmp_path / "OUT", "searched clips")
+    config = plugin_config(vllm, tmp_path / "OUT")
+    prefix = "model.layers.0.mlp.gate_up_proj"
+    layer = make_layer(config, prefix, [80, 80], 48, 12)
+    kept = {name: t for name, t in stored_tensors(tmp_path / "OUT").items() if not name.endswith(f".{lost}")}
+    with pytest.raises(CheckpointError) as caught:
+        load_weights({prefix: layer}, kept)
+    assert f"gate_proj.{lost} is missing; it must be {found}" in str(caught.value)
