@@ -37,7 +37,7 @@ from atomq.kernels.rows import prepare_rows, quantize_rows, scale_sums
 from atomq.numerics.grid import CodeGrid
 
 TOOLS = ("memcheck", "racecheck")
-_TOKENS = (1, 9, 33, 70, 130, 300)  # one for each tile
+_TOKENS = (1, 9, 33, 70, 130, 300)  # one for each tile that small weights have, and more than a tile
 _N_CHANNELS, _N_INPUTS, _N_OUTLIERS, _HEAD_DIM = 320, 1000, 70, 64
 _CACHE_HEAD_DIM = 128
 
