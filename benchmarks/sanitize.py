@@ -27,6 +27,7 @@ from atomq.kernels import activations
 from atomq.kernels.activations import quantize_act
 from atomq.kernels.gemm import Engine, w4a4_gemm, w4a16_gemm
 from atomq.kernels.gemm_kv import w4a4_gemm_kv
+from atomq.kernels.gemm_tiles import choose_tile
 from atomq.kernels.gptq import gptq_block
 from atomq.kernels.kv import dequantize_kv, quantize_kv
 from atomq.kernels.kv_cache import append_kv, decode_attention, read_kv
@@ -37,7 +38,7 @@ from atomq.kernels.rows import prepare_rows, quantize_rows, scale_sums
 from atomq.numerics.grid import CodeGrid
 
 TOOLS = ("memcheck", "racecheck")
-_TOKENS = (1, 9, 33, 70, 130, 300)  # one for each tile that small weights have, and more than a tile
+_TOKENS = (1, 9, 33, 70, 130, 180, 500)  # tiles of 8, 16, 64, 128, 160, 192 and 256 on large weights
 _N_CHANNELS, _N_INPUTS, _N_OUTLIERS, _HEAD_DIM = 320, 1000, 70, 64
 _CACHE_HEAD_DIM = 128
 
@@ -52,6 +53,8 @@ def run_kernels() -> Iterator[str]:
         for n_tokens in _TOKENS:
             quantized = quantize_act(_tokens(n_tokens), layout, order)
             w4a4_gemm(quantized, weight)
+            large = choose_tile(n_tokens, 128, progressive)  # as on many more channels and inputs
+            w4a4_gemm(quantized, weight, engine=Engine.WGMMA_INT8, tile=large)
             w4a4_gemm(quantized, weight, torch.bfloat16, engine=Engine.MMA_INT8)
             w4a4_gemm_kv(quantized, weight, _HEAD_DIM, hadamard=True)
             yield f"quantize_act, w4a4_gemm, w4a4_gemm_kv: {n_tokens} tokens, progressive {progressive}"
