@@ -12,12 +12,14 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
 
 Launch = Callable[[], object]
+Watch = Callable[[Launch], float]
 
 CACHE_BYTES = 160e6
 """Copies of a weight together exceed this: three times the largest L2 cache."""
@@ -88,18 +90,7 @@ def time_in_turns(
     candidates: Sequence[Sequence[Launch]], rounds: int = ROUNDS, turn: Turn = SHORT_TURN
 ) -> list[Timing]:
     """Time candidates that do the same work, each given as one launch for every copy of its operands."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-
-    def timed(run: Callable[[], object]) -> float:
-        begin.record(stream)
-        run()
-        end.record(stream)
-        stream.synchronize()
-        return float(begin.elapsed_time(end)) * 1e3
-
-    with torch.cuda.stream(stream):
+    with _watch() as timed:
         batches = [_capture(launches, timed) for launches in candidates]
         samples: list[list[float]] = [[] for _ in batches]
         for number in range(rounds):
@@ -127,27 +118,16 @@ def time_sustained(launches: Sequence[Launch], seconds: float) -> list[tuple[flo
 
     Each sample is a graph of about 2 ms. It shows the clock follow the power that the candidate draws.
     """
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-
-    def timed(run: Callable[[], object]) -> float:
-        begin.record(stream)
-        run()
-        end.record(stream)
-        stream.synchronize()
-        return float(begin.elapsed_time(end)) * 1e3
-
-    with torch.cuda.stream(stream):
+    with _watch() as timed:
         batch = _capture(launches, timed)
         n_samples = math.ceil(seconds * 1e6 / batch.replay_us)
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(n_samples + 1)]  # type: ignore[no-untyped-call]
         time.sleep(_IDLE_S)
         for mark in marks[:-1]:
-            mark.record(stream)
+            mark.record()
             batch.many.replay()
-        marks[-1].record(stream)
-        stream.synchronize()
+        marks[-1].record()
+        marks[-1].synchronize()
     at = [marks[0].elapsed_time(mark) for mark in marks]
     return [(after, (after - before) * 1e3 / batch.n_launches) for before, after in itertools.pairwise(at)]
 
@@ -162,7 +142,25 @@ def turns(count: int, round_number: int) -> list[int]:
     return [(round_number + step * i) % count for i in range(count)]
 
 
-def _capture(launches: Sequence[Launch], timed: Callable[[Launch], float]) -> _Batch:
+@contextmanager
+def _watch() -> Iterator[Watch]:
+    """What runs something and gives its microseconds, on a stream of its own, the current one inside."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+
+    def timed(run: Launch) -> float:
+        begin.record(stream)
+        run()
+        end.record(stream)
+        stream.synchronize()
+        return float(begin.elapsed_time(end)) * 1e3
+
+    with torch.cuda.stream(stream):
+        yield timed
+
+
+def _capture(launches: Sequence[Launch], timed: Watch) -> _Batch:
     for launch in launches[:2]:  # kernels compile, libraries plan
         launch()
     estimate = max(min(timed(launches[0]) for _ in range(2)), 1.0)
