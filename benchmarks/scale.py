@@ -33,6 +33,15 @@ from atomq.models.loading import empty_model
 from atomq.models.source import ModelSource
 
 _COMMON = {"bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": False, "dtype": "bfloat16"}
+_TINY: dict[str, Any] = {  # to try the script itself
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": {
         "model_type": "llama",
@@ -69,28 +78,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 8192,
         "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
     },
-    "tiny": {  # to try the script itself
-        "model_type": "llama",
-        "vocab_size": 512,
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 2048,
-    },
-    "tiny-mixtral": {
-        "model_type": "mixtral",
-        "vocab_size": 512,
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "max_position_embeddings": 2048,
-    },
+    "tiny": _TINY | {"model_type": "llama"},
+    "tiny-mixtral": _TINY | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
 }
 N_TEXT_BYTES = 600_000
 FILES_AT_A_TIME = 4

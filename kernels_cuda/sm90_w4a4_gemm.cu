@@ -211,8 +211,8 @@ __device__ __forceinline__ void scale_total(float (&total)[SUMS], float2 channel
 // Slots whose sums are promoted group by group: INT4 with exact scales, and the outliers of both modes. A quantum is
 // one group x one panel x CHUNK tokens; with two buffers, one is promoted while the tensor cores work on the next. The
 // pipeline drains where a panel's weights are unpacked, which saves 16 registers and leaves the tensor cores to the
-// other warpgroup for a moment. `fixed_scales` are the channel scales that groups do not have: the outliers' scales, or the
-// base scales of progressive weights.
+// other warpgroup for a moment. `fixed_scales` are the channel scales that groups do not have: the outliers' scales, or
+// the base scales of progressive weights.
 template <bool OUTLIERS, int CHUNK>
 __device__ __forceinline__ void run_promoted(Consumer &self, int n_slots, int begin, int end,
                                              float (&total)[ROW_BLOCKS][SUMS],

@@ -48,7 +48,9 @@ MODEL_SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
 _INT8_OPERATIONS = {(8, 0): 624e12, (9, 0): 1979e12}
 """Dense INT8 operations per second by compute capability, from NVIDIA's data sheets (A100, H100)."""
 _COPY_BYTES = 1 << 29
-_POWER_BOUND_TOKENS = 128  # from here on INT8 products of a large model take all the power an H100 may draw
+_POWER_BOUND_TOKENS = (
+    128  # from here on the turns before one showed in it on an H100 (docs/LOG.md, 2026-11-28)
+)
 
 
 @dataclass(frozen=True)
