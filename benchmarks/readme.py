@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "method.md")
 RESULTS = "benchmarks/results"
 ACCURACY = "2026-11-28-h100-presets-smollm2.json"
-LADDER = "2026-11-28-h100-ladder-smollm2.json"
+ACCURACY_H200 = "2026-11-28-h200-presets-smollm2.json"
+LADDER = "2026-11-28-ladder-smollm2.json"
 SPREAD = "2026-11-28-h100-spread-smollm2.json"
 GEMM = "2026-11-28-h100-gemm.json"
 GEMM_SHAPE = (28672, 8192)
@@ -26,6 +27,18 @@ GEMM_COLUMNS = {
     "w4a4-progressive": "INT4, progressive scales",
     "fp16": "torch fp16",
     "fp8": "torch FP8",
+}
+# What docs/method.md calls a preset -> where it was measured, and under what name.
+PRESET_ROWS = {
+    "`atom`": (ACCURACY, "atom"),
+    "`atomq`": (ACCURACY, "atomq"),
+    "`atomq --refine`": (ACCURACY, "atomq --refine"),
+    "`atomq`, 16-bit KV": (ACCURACY, "atomq KV16"),
+    "`atomq-fast`": (ACCURACY_H200, "atomq-fast"),
+    "`w4a8`": (ACCURACY_H200, "w4a8"),
+    "`w4a16-int8`": (ACCURACY, "w4a16-int8"),
+    "`w4a16` (no outliers, so that GPTQ files can hold it)": (ACCURACY, "w4a16"),
+    "`w3a3`": (ACCURACY, "atomq W3A3 KV16"),
 }
 TEXT_NAMES = {
     "wikitext2.valid.raw.txt": "WikiText-2 validation",
@@ -72,6 +85,17 @@ def accuracy() -> str:
     )
 
 
+def presets() -> str:
+    """Perplexity on both texts, time and card of every preset."""
+    lines = [["recipe", "perplexity", "quantized in", "on"], ["---"] * 4]
+    for label, (source, name) in PRESET_ROWS.items():
+        found = record(source)
+        (row,) = (row for row in found["rows"] if row["name"] == name)
+        losses = f"{row['ppl']:.2f} [{row['second_ppl']:.2f}]"
+        lines.append([label, losses, f"{row['quantize_seconds']:.0f} s", _card(found["environment"]["gpu"])])
+    return _table(lines)
+
+
 def gemm() -> str:
     """Microseconds by number of tokens for one shape."""
     found = {
@@ -89,18 +113,19 @@ def gemm() -> str:
 
 
 def ladder() -> str:
-    """Every step of `atomq ablate`."""
+    """Every step of `atomq ablate`, with the card that measured it."""
     found = record(LADDER)
     texts = [
         f"{text}, {found[use]['n_windows']} windows"
         for text, use in (("WikiText-2 test", "evaluation"), ("C4 sample", "second"))
     ]
-    head = ["step", *texts, "KL, nats", "bits of weights / activations / KV"]
+    head = ["step", *texts, "KL, nats", "bits of weights / activations / KV", "on"]
     lines = [head, ["---"] * len(head)]
     for row in found["rows"]:
         kl = "" if row["kl"] is None else f"{row['kl']:.3f}"
         bits = " / ".join(f"{row['effective_bits'][part]:.3g}" for part in ("weight", "activation", "kv"))
-        lines.append([row["name"], f"{row['ppl']:.2f}", f"{row['second_ppl']:.2f}", kl, bits])
+        losses = [f"{row[text]:.2f}" for text in ("ppl", "second_ppl")]
+        lines.append([row["name"], *losses, kl, bits, _card(row["device"])])
     return _table(lines)
 
 
@@ -122,10 +147,16 @@ def spread() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
+    "presets": presets,
     "gemm": gemm,
     "ladder": ladder,
     "spread": spread,
 }
+
+
+def _card(name: str) -> str:
+    """H100 of NVIDIA H100 80GB HBM3."""
+    return name.split()[1]
 
 
 def _table(lines: list[list[str]]) -> str:

@@ -40,6 +40,31 @@ def test_a_figure_that_is_not_the_record_s_would_be_noticed():
     assert readme.with_tables(spoilt) == text
 
 
+def test_rows_of_several_cards_say_which():
+    steps = {line.split(" | ")[0]: line for line in readme.ladder().splitlines()}
+    assert steps["| + asymmetry"].endswith(" H200 |")
+    assert steps["| + offset of K = atomq"].endswith(" H100 |")
+    lines = readme.presets().splitlines()[2:]
+    assert [line.split()[1] for line in lines if line.endswith(" H200 |")] == ["`atomq-fast`", "`w4a8`"]
+    assert len(lines) == sum(line.endswith((" H100 |", " H200 |")) for line in lines)
+
+
+def test_two_cards_gave_the_same_perplexities():
+    one = readme.record("2026-11-28-h100-damping-validation.json")
+    other = readme.record("2026-11-28-h200-clip-validation.json")
+    assert one["environment"]["gpu"] != other["environment"]["gpu"]
+    texts = ("ppl", "second_ppl")
+    (before,) = (row for row in one["rows"] if row["name"] == "blk a.5 d1")
+    (after,) = (row for row in other["rows"] if row["name"] == "atomq 0.9")
+    assert [before[text] for text in texts] == [after[text] for text in texts]
+    assert [one[f"float_{text}"] for text in texts] == [other[f"float_{text}"] for text in texts]
+    ladder = readme.record(readme.LADDER)
+    (h200,) = (row for row in ladder["rows"] if row["rung"] == "descent")
+    h100 = ladder["earlier_order"][-1]
+    assert h100["device"] != h200["device"]
+    assert [h100[text] for text in texts] == [h200[text] for text in texts]
+
+
 def test_the_readme_is_one_screen_and_every_record_it_links_is_there():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 75
