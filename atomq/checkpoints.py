@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atomq.config import QuantScheme, to_dict
-from atomq.errors import CheckpointError, UnsupportedModelError
+from atomq.errors import CheckpointError, UnsupportedModelError, VerificationError
 from atomq.formats.card import scheme_name
 from atomq.formats.checkpoint import (
     check_files,
@@ -28,13 +28,14 @@ from atomq.formats.schema import (
     effective_bits,
     linear_tensors,
     parse_quantization_config,
+    wrong_values,
 )
 from atomq.models.blocks import block_groups, blocks_of, linear_shapes
 from atomq.models.families import LinearShape, ModelFamily
 from atomq.models.loading import empty_model, load_config, load_tokenizer
 from atomq.models.quantized import attention_name, head_counts, head_dim_of, restore_block
 from atomq.models.source import ModelSource
-from atomq.numerics.linear import QuantizedLinear, TensorSpec
+from atomq.numerics.linear import TensorSpec
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -51,11 +52,17 @@ def checkpoint_shapes(folder: Path) -> list[tuple[int, int]]:
     return list(dict.fromkeys((shape.n_out, shape.n_in) for shape in linear_shapes(model, family).values()))
 
 
-def describe(folder: Path, *, check_hashes: bool) -> dict[str, Any]:
+def describe(folder: Path, *, check: bool) -> dict[str, Any]:
     """Facts about a checkpoint from its headers and manifest, after checking files, names, shapes and
-    dtypes.
+    dtypes; with `check` the files are read, too, for their hashes and for values that no writer makes.
+
+    Raises:
+        CheckpointError: what differs from the manifest, the config or the format.
+        VerificationError: the tensors with such values, each with the first row that has one.
     """
-    model, family, scheme, headers = open_checkpoint(folder, check_hashes=check_hashes)
+    model, family, scheme, headers = open_checkpoint(folder, check_hashes=check)
+    if check:
+        _refuse_wrong_values(folder, scheme, set(headers))
     manifest = read_manifest(folder)
     shapes = linear_shapes(model, family)
     first = f"{family.blocks}.0."
@@ -81,7 +88,7 @@ def describe(folder: Path, *, check_hashes: bool) -> dict[str, Any]:
         "n_blocks": len(blocks_of(model, family)),
         "n_linears": len(shapes),
         "n_files": len(manifest["files"]),
-        "hashes_checked": check_hashes,
+        "hashes_checked": check,
         "block": {name.removeprefix(first): entry for name, entry in sizes.items() if name.startswith(first)},
         "linears": {
             name.removeprefix(first): _linear_entry(name, shape, sizes)
@@ -90,6 +97,19 @@ def describe(folder: Path, *, check_hashes: bool) -> dict[str, Any]:
         },
         "outside": {name: entry for name, entry in sizes.items() if not name.startswith(f"{family.blocks}.")},
     }
+
+
+def _refuse_wrong_values(folder: Path, scheme: QuantScheme, names: set[str]) -> None:
+    """One tensor at a time is in memory."""
+    wrong: list[str] = []
+    for name, tensor in read_tensors(folder, names):
+        module, _, suffix = name.rpartition(".")
+        wrong += wrong_values(module, {suffix: tensor}, scheme)
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise VerificationError(
+            f"{folder.name} is as its manifest says, but {'; '.join(wrong[:5])}{more}; quantize again"
+        )
 
 
 def _linear_entry(name: str, shape: LinearShape, sizes: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -225,9 +245,9 @@ def stored_blocks(folder: Path, opened: Opened) -> Iterator[tuple[str, nn.Module
         tensors = {name.removeprefix(prefix): tensor for name, tensor in read_tensors(folder, own)}
         restore_block(block, family, scheme, head_dim, tensors)
         del tensors
-        for name, linear in block.named_modules():
-            if isinstance(linear, QuantizedLinear):
-                check_values(prefix + name, dict(linear.named_buffers(recurse=False)), linear.scheme)
+        for name, module in block.named_modules():
+            own_tensors = {**dict(module.named_parameters(recurse=False)), **module._buffers}
+            check_values(prefix + name, {n: t for n, t in own_tensors.items() if t is not None}, scheme)
         yield prefix, block
         block.to("meta")
 

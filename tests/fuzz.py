@@ -314,7 +314,7 @@ def open_headers(folder: Path, rng: random.Random) -> None:
     if check_hashes:
         untouched(folder)
     if rng.random() < 0.5:
-        describe(folder, check_hashes=False)
+        describe(folder, check=False)
 
 
 def open_directly(folder: Path, rng: random.Random) -> None:

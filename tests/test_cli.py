@@ -793,6 +793,32 @@ def test_an_altered_byte_is_found_and_its_file_named(refused, run, out, reading)
     assert run(*unchecked)[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("tensor", "value", "words"),
+    [
+        ("layers.1.mlp.down_proj.scales", 0.0, "not positive and finite, first 0 in row 5 of"),
+        ("layers.1.mlp.down_proj.scales", -0.5, "not positive and finite, first -0.5 in row 5 of"),
+        (
+            "layers.0.mlp.up_proj.outlier_scales",
+            float("inf"),
+            "not positive and finite, first inf in row 5 of",
+        ),
+        ("layers.0.self_attn.q_proj.perm", 1000, "not a permutation, first 1000 in row 5 of"),
+        ("layers.0.input_layernorm.weight", float("nan"), "not finite, first nan in row 5 of"),
+        ("embed_tokens.weight", float("nan"), "not finite, first nan in row 5 of 256"),
+    ],
+)
+def test_inspect_finds_values_that_cannot_be_although_the_hashes_agree(
+    refused, run, out, tensor, value, words
+):
+    def spoil(t: torch.Tensor) -> None:
+        t[5] = value
+
+    change_tensor(out, f"model.{tensor}", spoil)
+    refused(f"model.{tensor} holds values that are {words}", "inspect", out, "--check", code=1)
+    assert run("inspect", out)[0] == 0  # without --check no tensor is read
+
+
 @pytest.mark.parametrize("spoil", ["truncated", "missing", "config", "added"])
 def test_a_checkpoint_that_is_not_whole_is_refused_even_without_hashes(refused, out, reading, spoil):
     shard = out / "model-00003-of-00003.safetensors"

@@ -28,7 +28,7 @@ import atomq.checkpoints
 import atomq.hf
 from atomq import pipeline
 from atomq.config import CalibrationConfig, override
-from atomq.errors import CheckpointError, ConfigError
+from atomq.errors import CheckpointError, ConfigError, VerificationError
 from atomq.numerics.linear import QuantizedLinear
 
 TOKENS = torch.arange(5, 29)[None]
@@ -429,8 +429,14 @@ def test_the_flag_of_each_group_says_whether_it_is_transformed(checkpoint, spoil
 def test_values_that_no_writer_makes_are_refused_by_name(spoilable, scheme, name, change, rule):
     folder = spoilable("llama", scheme)
     change_tensor(folder, f"model.layers.0.{name}", change)
-    with pytest.raises(CheckpointError, match=rf"model\.layers\.0\.{name} holds values that are {rule}"):
+    words = rf"model\.layers\.0\.{name} holds values that are {rule}, first .* in row \d+ of"
+    with pytest.raises(CheckpointError, match=words):
         atomq.hf.load(folder, check_hashes=True)
+    with pytest.raises(CheckpointError, match=words):
+        atomq.verify(folder)
+    with pytest.raises(VerificationError, match=words):
+        atomq.checkpoints.describe(folder, check=True)
+    atomq.checkpoints.describe(folder, check=False)
 
 
 # Refusals.
@@ -498,7 +504,7 @@ def test_a_config_that_does_not_fit_is_refused(spoilable, change, words):
     with pytest.raises(CheckpointError, match=words):
         atomq.hf.load(folder)
     with pytest.raises(CheckpointError, match=words):
-        atomq.checkpoints.describe(folder, check_hashes=False)
+        atomq.checkpoints.describe(folder, check=False)
 
 
 def test_a_dtype_that_is_none_of_the_three_is_refused(checkpoint):
@@ -514,7 +520,7 @@ def test_a_float_model_is_no_checkpoint(source):
 
 def test_describe_states_what_the_headers_state(checkpoint):
     folder = checkpoint().path
-    facts = atomq.checkpoints.describe(folder, check_hashes=True)
+    facts = atomq.checkpoints.describe(folder, check=True)
     stored = stored_tensors(folder)
     assert facts["size_bytes"] == sum(t.numel() * t.element_size() for t in stored.values())
     assert (facts["n_blocks"], facts["n_linears"], facts["scheme_name"]) == (2, 14, "W4A4KV4")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -139,22 +139,40 @@ def check_values(name: str, tensors: Mapping[str, torch.Tensor], scheme: QuantSc
     """Refuse values that no writer makes in the tensors of the module `name`, given by their last names.
 
     Raises:
-        CheckpointError: naming the tensor and the rule.
+        CheckpointError: naming the tensor, the first such value and its row, and the rule.
     """
+    for sentence in wrong_values(name, tensors, scheme):
+        raise CheckpointError(f"{sentence}; the file is broken")
+
+
+def wrong_values(name: str, tensors: Mapping[str, torch.Tensor], scheme: QuantScheme) -> Iterator[str]:
+    """A sentence for each tensor of the module `name` with values that no writer makes."""
     rules: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
         "zeros": (f"below {2**scheme.weights.n_bits}", lambda t: t <= 2**scheme.weights.n_bits - 1),
-        "perm": ("a permutation", lambda t: t.sort()[0] == torch.arange(len(t), device=t.device)),
+        "perm": ("a permutation", _occur_once),
     }
     positive = ("positive and finite", lambda t: t.isfinite() & (t > 0))
     rules |= dict.fromkeys(("scales", "scale_base", "outlier_scales"), positive)
     rules["clip_ratio"] = ("above 0 and at most 1", lambda t: (t > 0) & (t <= 1))
-    rules["key_offset"] = ("finite", lambda t: t.isfinite())
-    if scheme.outliers.precision != "int8":
-        rules["outlier_weight"] = ("finite", lambda t: t.float().isfinite())
-    for suffix in tensors.keys() & rules.keys():
-        rule, holds = rules[suffix]
-        if not bool(holds(tensors[suffix]).all()):
-            raise CheckpointError(f"{name}.{suffix} holds values that are not {rule}; the file is broken")
+    finite = ("finite", lambda t: (t.float() if t.itemsize == 1 else t).isfinite())  # FP8 has no isfinite
+    for suffix, tensor in sorted(tensors.items()):
+        rule, holds = rules.get(suffix, finite)
+        if suffix in rules or tensor.is_floating_point():
+            right = holds(tensor)
+            if not bool(right.all()):
+                place = (~right).nonzero()[0].tolist()
+                value = float(tensor[tuple(place)])
+                yield (
+                    f"{name}.{suffix} holds values that are not {rule}, first {value:g} in row {place[0]} "
+                    f"of {len(tensor)}"
+                )
+
+
+def _occur_once(perm: torch.Tensor) -> torch.Tensor:
+    """Which entries of `perm` are channels that occur in no other entry."""
+    channels, entry_of, counts = torch.unique(perm.long(), return_inverse=True, return_counts=True)
+    right: torch.Tensor = ((counts == 1) & (channels >= 0) & (channels < len(perm)))[entry_of]
+    return right
 
 
 def code_bytes(scheme: QuantScheme, shapes: Mapping[str, LinearShape]) -> int:

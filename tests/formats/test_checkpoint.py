@@ -302,7 +302,7 @@ def test_a_tensor_of_another_dtype_or_shape_is_refused_although_the_manifest_agr
 ):
     change_tensor(real, f"{NAME}.{suffix}", lambda t: change(t).contiguous())
     check_files(real, hashes=True)
-    for open_it in (atomq.hf.load, lambda folder: atomq.checkpoints.describe(folder, check_hashes=True)):
+    for open_it in (atomq.hf.load, lambda folder: atomq.checkpoints.describe(folder, check=True)):
         with pytest.raises(CheckpointError, match=words):
             open_it(real)
 
@@ -355,7 +355,7 @@ def test_a_scheme_that_the_tensors_do_not_fit_is_refused(real, path, value, word
     with pytest.raises(CheckpointError, match=words):
         atomq.hf.load(real)
     with pytest.raises(CheckpointError, match=words):
-        atomq.checkpoints.describe(real, check_hashes=True)
+        atomq.checkpoints.describe(real, check=True)
 
 
 def test_a_whole_checkpoint_passes_every_check(real):

@@ -215,7 +215,7 @@ def test_checkpoints_with_any_kind_of_expert_weight_open(scheme, tmp_path):
     assert torch.equal(loaded(TOKENS).logits, simulate_tiny(source, tmp_path, scheme)(TOKENS).logits)
     loaded.save_pretrained(tmp_path / "again")
     assert stored_tensors(tmp_path / "again").keys() == stored_tensors(tmp_path / "OUT").keys()
-    facts = atomq.checkpoints.describe(tmp_path / "OUT", check_hashes=True)
+    facts = atomq.checkpoints.describe(tmp_path / "OUT", check=True)
     assert facts["n_linears"] == 2 * (4 + 4 * 3)
 
 
