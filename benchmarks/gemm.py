@@ -1,7 +1,7 @@
 """Measure the GEMM kernels and `quantize_act` on a GPU beside their peers, and print the tables of a record.
 
-python -m benchmarks.gemm --save benchmarks/results/2026-11-28-h100-gemm.json --commit $(git rev-parse HEAD)
-python -m benchmarks.gemm --table benchmarks/results/2026-11-28-h100-gemm.json
+python -m benchmarks.gemm --save benchmarks/results/DATE-GPU-gemm.json --commit $(git rev-parse HEAD)
+python -m benchmarks.gemm --table benchmarks/results/DATE-GPU-gemm.json
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""What the kernels must reach on one H100, and whether a record of `benchmarks.gemm` shows it."""
+"""What the kernels must reach, set for one H100, and whether records of `benchmarks.gemm` show it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from benchmarks.cards import card
 
 LARGE = ((28672, 8192), (8192, 28672))
 SQUARE = ((8192, 8192),)
@@ -50,32 +52,39 @@ GOALS = (
 QUANTIZE_MUST, QUANTIZE_GOAL = 0.7, 0.85  # of a copy's bandwidth
 
 
-def check_goals(record: dict[str, Any]) -> str:
-    """Every goal with the worst and the best figure of the record, as a Markdown table."""
+def check_goals(*records: dict[str, Any]) -> str:
+    """Every goal with the worst and the best figure of each record, side by side, as a Markdown table."""
+    columns = "".join(f" {_source(record)}: worst | best | |" for record in records)
     lines = [
-        "| kernel, shapes, tokens | unit | worst | best | must | goal | |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"| kernel, shapes, tokens | unit | must | goal |{columns}",
+        "| --- | --- | --- | --- |" + " --- | --- | --- |" * len(records),
     ]
-    lines += [line for goal in GOALS if (line := _check(goal, record["results"]))]
-    for n_channels in dict.fromkeys(r["n_channels"] for r in record.get("quantize", [])):
-        values = [r["of_copy"] for r in record["quantize"] if r["n_channels"] == n_channels]
-        what = f"quantize_act, K = {n_channels}, all variants"
-        lines.append(_line(what, "of a copy", min(values), max(values), QUANTIZE_MUST, QUANTIZE_GOAL, True))
+    for goal in GOALS:
+        figures = [list(_values(goal, record["results"])) for record in records]
+        bounds = (goal.must, goal.goal)
+        if any(figures):
+            lines.append(_line(_describe(goal), goal.unit, bounds, figures, goal.unit != "us"))
+    widths = [r["n_channels"] for record in records for r in record.get("quantize", [])]
+    for width in dict.fromkeys(widths):
+        figures = [
+            [r["of_copy"] for r in record.get("quantize", []) if r["n_channels"] == width]
+            for record in records
+        ]
+        what = f"quantize_act, K = {width}, all variants"
+        lines.append(_line(what, "of a copy", (QUANTIZE_MUST, QUANTIZE_GOAL), figures, True))
     return "\n".join(lines)
 
 
-def _check(goal: Goal, results: list[dict[str, Any]]) -> str | None:
-    values = list(_values(goal, results))
-    if not values:
-        return None
-    larger_is_better = goal.unit != "us"
-    order: tuple[Callable[[list[float]], float], Callable[[list[float]], float]] = (
-        (min, max) if larger_is_better else (max, min)
-    )
+def _source(record: dict[str, Any]) -> str:
+    commits = dict.fromkeys(run["commit"][:7] for run in record["runs"])
+    return " ".join([card(record["gpu"]), *commits])
+
+
+def _describe(goal: Goal) -> str:
     shapes = ", ".join(f"{n}x{k}" for n, k in goal.shapes)
     over = f" over {' and '.join(goal.peers)}" if goal.peers else ""
-    what = f"{goal.kernel}, {shapes}, {goal.tokens.start}-{goal.tokens.stop - 1}{over}"
-    return _line(what, goal.unit, order[0](values), order[1](values), goal.must, goal.goal, larger_is_better)
+    first, last = goal.tokens.start, goal.tokens.stop - 1
+    return f"{goal.kernel}, {shapes}, {first if first == last else f'{first}-{last}'}{over}"
 
 
 def _values(goal: Goal, results: list[dict[str, Any]]) -> Iterator[float]:
@@ -98,9 +107,19 @@ def _values(goal: Goal, results: list[dict[str, Any]]) -> Iterator[float]:
 
 
 def _line(
-    what: str, unit: str, worst: float, best: float, must: float, goal: float, larger_is_better: bool
+    what: str, unit: str, bounds: tuple[float, float], figures: list[list[float]], larger_is_better: bool
 ) -> str:
+    must, goal = bounds
+    cells = [what, unit, f"{must or ''}", f"{goal}"]
     sign = 1 if larger_is_better else -1
-    state = "missed" if sign * (worst - must) < 0 else "must" if sign * (worst - goal) < 0 else "goal"
-    figures = (f"{value:.0f}" if value >= 100 else f"{value:.3g}" for value in (worst, best))
-    return f"| {what} | {unit} | {' | '.join(figures)} | {must or ''} | {goal} | {state} |"
+    for values in figures:
+        if not values:
+            cells += [""] * 3
+            continue
+        worst, best = (
+            sign * min(sign * value for value in values),
+            sign * max(sign * value for value in values),
+        )
+        state = "missed" if sign * (worst - must) < 0 else "must" if sign * (worst - goal) < 0 else "goal"
+        cells += [*(f"{value:.0f}" if value >= 100 else f"{value:.3g}" for value in (worst, best)), state]
+    return f"| {' | '.join(cells)} |"

@@ -7,8 +7,8 @@ from typing import Any
 EXACT = "w4a4"
 GROUP_SIZE, N_OUTLIERS = 128, 128
 COPY_BANDWIDTH = 3.0e12  # bytes per second, for records that do not say
-TENSOR_OPERATIONS = 1979e12  # dense INT8 operations per second, from the data sheet of the H100
-PROMOTION_LANES = 132 * 128 * 1.755e9  # instructions of one lane per second, at the data sheet's clock
+TENSOR_OPERATIONS = 1979e12  # dense INT8 operations per second, from the data sheets of the H100 and the H200
+PROMOTION_LANES = 132 * 128 * 1.755e9  # instructions of one lane per second, at their clock
 
 
 def table(record: dict[str, Any]) -> str:
@@ -50,7 +50,7 @@ def limits_table(record: dict[str, Any]) -> str:
         floor = max(n_bytes, products + promotion)
         name = "bytes" if n_bytes >= products + promotion else "products and promotion"
         if floor < us / 2:
-            name = "launch, ring fill, joining"
+            name = "latencies"
         figures = f"{us:.1f} | {n_bytes:.1f} | {products:.1f} | {promotion:.1f}"
         lines.append(
             f"| {n_channels}x{n_inputs} | {n_tokens} | {figures} | {name} | {100 * floor / us:.0f} % |"

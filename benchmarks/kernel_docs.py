@@ -14,8 +14,8 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from benchmarks import clocks
 from benchmarks.e2e_goals import attention_goals, decode_goals, e2e_goals
 from benchmarks.e2e_tables import attention_table, decode_table, e2e_tables, trace_table, variants_table
 from benchmarks.gemm_goals import check_goals
@@ -23,11 +23,12 @@ from benchmarks.gemm_tables import limits_table, quantize_table, table, tuning_t
 
 ROOT = Path(__file__).parent.parent
 PAGE, RESULTS = ROOT / "docs" / "kernels.md", ROOT / "benchmarks" / "results"
-TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
-    "gemm": ("h100-gemm", table),
-    "goals": ("h100-gemm", check_goals),
-    "limits": ("h100-gemm", limits_table),
-    "quantize": ("h100-gemm", quantize_table),
+TABLES: dict[str, tuple[str, Callable[..., str]]] = {
+    "gemm": ("h200-gemm", table),
+    "goals": ("h100-gemm h200-gemm", check_goals),
+    "limits": ("h200-gemm", limits_table),
+    "clocks": ("h200-clocks", clocks.table),
+    "quantize": ("h200-gemm", quantize_table),
     "tuning": ("h100-kernel-steps", tuning_table),
     "attention": ("h100-attention", attention_table),
     "attention-gqa": ("h100-attention-gqa", attention_table),
@@ -44,7 +45,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "decode": ("h100-decode-smollm2", decode_table),
     "decode-goals": ("h100-decode-smollm2", decode_goals),
 }
-"""Name of a table -> the records it is made from (`<date>-<name>.json`), and how."""
+"""Name of a table -> the records it is made from (`<date>-<name>.json` each), and how."""
 
 
 def fill(page: str, results: Path = RESULTS) -> str:
@@ -58,16 +59,20 @@ def fill(page: str, results: Path = RESULTS) -> str:
         name = match[1]
         if name not in TABLES:
             raise ValueError(f"table {name}; known are {', '.join(TABLES)}")
-        kind, make = TABLES[name]
-        records = sorted(results.glob(f"????-??-??-{kind}.json"))
-        if not records:
-            raise ValueError(f"no record *-{kind}.json in {results}")
-        text = make(json.loads(records[-1].read_text(encoding="utf-8")))
-        return (
-            f"<!-- table: {name} -->\nFrom `benchmarks/results/{records[-1].name}`:\n\n{text}\n<!-- end -->"
-        )
+        kinds, make = TABLES[name]
+        newest = [_newest(results, kind) for kind in kinds.split()]
+        text = make(*(json.loads(path.read_text(encoding="utf-8")) for path in newest))
+        sources = " and ".join(f"`benchmarks/results/{path.name}`" for path in newest)
+        return f"<!-- table: {name} -->\nFrom {sources}:\n\n{text}\n<!-- end -->"
 
     return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", one, page, flags=re.DOTALL)
+
+
+def _newest(results: Path, kind: str) -> Path:
+    records = sorted(results.glob(f"????-??-??-{kind}.json"))
+    if not records:
+        raise ValueError(f"no record *-{kind}.json in {results}")
+    return records[-1]
 
 
 def main() -> None:

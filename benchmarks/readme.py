@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cards import card
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "method.md")
 RESULTS = "benchmarks/results"
@@ -19,7 +21,7 @@ ACCURACY = "2026-11-28-h100-presets-smollm2.json"
 ACCURACY_H200 = "2026-11-28-h200-presets-smollm2.json"
 LADDER = "2026-11-28-ladder-smollm2.json"
 SPREAD = "2026-11-28-h100-spread-smollm2.json"
-GEMM = "2026-11-28-h100-gemm.json"
+GEMM = "2026-11-28-h200-gemm.json"
 GEMM_SHAPE = (28672, 8192)
 GEMM_TOKENS = (1, 64, 256, 4096)
 GEMM_COLUMNS = {
@@ -79,8 +81,9 @@ def accuracy() -> str:
         lines.append([text, f"{found[unquantized]:.2f}", *measured])
     seeds = record(SPREAD)["seeds"]["ppl"]
     said = f"`atomq` over three seeds: {seeds['mean']:.2f} ± {seeds['standard_deviation']:.2f}"
+    gpu = card(found["environment"]["gpu"])
     return (
-        f"{_table(lines)}\n\nCalibrated on WikiText-2 validation; one H100 ({link(ACCURACY)}).\n"
+        f"{_table(lines)}\n\nCalibrated on WikiText-2 validation; one {gpu} ({link(ACCURACY)}).\n"
         f"{said} ({link(SPREAD)});\n[other texts](docs/method.md#seeds-and-calibration-texts) cost more."
     )
 
@@ -92,24 +95,27 @@ def presets() -> str:
         found = record(source)
         (row,) = (row for row in found["rows"] if row["name"] == name)
         losses = f"{row['ppl']:.2f} [{row['second_ppl']:.2f}]"
-        lines.append([label, losses, f"{row['quantize_seconds']:.0f} s", _card(found["environment"]["gpu"])])
+        lines.append([label, losses, f"{row['quantize_seconds']:.0f} s", card(found["environment"]["gpu"])])
     return _table(lines)
 
 
 def gemm() -> str:
-    """Microseconds by number of tokens for one shape."""
+    """Microseconds by number of tokens for one shape, the card, and how far its turns lie apart."""
+    measured = record(GEMM)
     found = {
-        (r["n_tokens"], r["name"]): r["timing"]["graph_us"]
-        for r in record(GEMM)["results"]
+        (r["n_tokens"], r["name"]): r["timing"]
+        for r in measured["results"]
         if (r["n_channels"], r["n_inputs"]) == GEMM_SHAPE
     }
     head = [f"us, {GEMM_SHAPE[0]} x {GEMM_SHAPE[1]}", *GEMM_COLUMNS.values()]
     lines = [head, ["---"] * len(head)]
     for n_tokens in GEMM_TOKENS:
         count = f"{n_tokens} token{'s' if n_tokens > 1 else ''}"
-        lines.append([count, *(f"{found[n_tokens, name]:.1f}" for name in GEMM_COLUMNS)])
-    said = "In turns, at one power limit for all: with thousands of tokens a turn varies by a tenth"
-    return f"{_table(lines)}\n\n{said} ({link(GEMM)})."
+        lines.append([count, *(f"{found[n_tokens, name]['graph_us']:.1f}" for name in GEMM_COLUMNS)])
+    shown = [found[n_tokens, name] for n_tokens in GEMM_TOKENS for name in GEMM_COLUMNS]
+    spreads = [100 * (timing["graph_p90_us"] / timing["graph_p10_us"] - 1) for timing in shown]
+    said = f"ninetieth percentiles are {min(spreads):.0f} to {max(spreads):.0f} % above the tenth"
+    return f"{_table(lines)}\n\nMedians of turns on one {card(measured['gpu'])}; {said} ({link(GEMM)})."
 
 
 def ladder() -> str:
@@ -125,7 +131,7 @@ def ladder() -> str:
         kl = "" if row["kl"] is None else f"{row['kl']:.3f}"
         bits = " / ".join(f"{row['effective_bits'][part]:.3g}" for part in ("weight", "activation", "kv"))
         losses = [f"{row[text]:.2f}" for text in ("ppl", "second_ppl")]
-        lines.append([row["name"], *losses, kl, bits, _card(row["device"])])
+        lines.append([row["name"], *losses, kl, bits, card(row["device"])])
     return _table(lines)
 
 
@@ -154,11 +160,6 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def _card(name: str) -> str:
-    """H100 of NVIDIA H100 80GB HBM3."""
-    return name.split()[1]
-
-
 def _table(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -185,16 +186,17 @@ def picture() -> str:
         ("W4A4KV4, atom", rows["atom"]),
         ("W4A4KV4, atomq", rows["atomq"]),
     ]
+    kernels = record(GEMM)
     found = {
         r["name"]: r["timing"]["graph_us"]
-        for r in record(GEMM)["results"]
+        for r in kernels["results"]
         if (r["n_channels"], r["n_inputs"], r["n_tokens"]) == (*GEMM_SHAPE, 1)
     }
     times = [
         (label, found[name])
         for name, label in (("fp16", "torch fp16"), ("fp8", "torch FP8"), ("w4a4", "INT4, exact scales"))
     ]
-    title = f"us for one token, {GEMM_SHAPE[0]} x {GEMM_SHAPE[1]}, H100"
+    title = f"us for one token, {GEMM_SHAPE[0]} x {GEMM_SHAPE[1]}, {card(kernels['gpu'])}"
     body = _panel(0, "perplexity, SmolLM2-135M, WikiText-2", losses, "{:.2f}")
     body += _panel(370, title, times, "{:.1f}")
     style = (
