@@ -20,7 +20,7 @@
 // minimum stay outside of both products where they can: q K = scale (q c) + minimum sum(q), P V = (P scale) c + sum(P
 // minimum), so codes go into mma as they are stored, as subnormal halves. Before RoPE, K must be rebuilt: the query
 // is turned by the page's first position, K by its place in the page, whose 64 turns lie in shared memory; the
-// Hadamard is mma on blocks of 32 channels, then butterflies across registers (exact: sums of codes stay below 2048).
+// Hadamard is mma on blocks of 16 channels, then butterflies across registers (exact: sums of codes stay below 2048).
 //
 //   launch: grid (n_heads, n_sequences, n_splits), block 32 * N_WARPS, dynamic shared memory SHARED_BYTES
 
@@ -39,14 +39,15 @@ namespace {
 
 constexpr int STEP_TOKENS = 16;
 constexpr int PAGE_STEPS = PAGE_TOKENS / STEP_TOKENS;
-constexpr int STAGE_WORDS = 4 * 32 * CHUNK_WORDS + (BITS < 16 ? 2 * STEP_TOKENS : 0);
-constexpr int ROWS = (HEAD_TILES * 8 + N_WARPS - 1) / N_WARPS;  // of the queries, of a warp
-constexpr int QUERY_WORDS = HEAD_TILES * 8 * QUERY_STRIDE;
+constexpr int STAGE_WORDS = 4 * 32 * CHUNK_WORDS;
+constexpr int RANGE_WORDS = BITS < 16 ? 2 * PAGE_TOKENS : 0;  // of a page; of two, as no copy is more than a page ahead
+constexpr int ROWS = (QUERY_ROWS + N_WARPS - 1) / N_WARPS;  // of the queries, of a warp
+constexpr int QUERY_WORDS = QUERY_ROWS * QUERY_STRIDE;
 constexpr int TURN_WORDS = KEY_MODE ? PAGE_TOKENS * STORED_DIM / 2 : 0;
 constexpr int OFFSET_WORDS = KEY_OFFSET ? STORED_DIM / 2 : 0;
 constexpr bool PARKS_OPERAND = KEY_MODE && STORED_DIM > 128;  // registers are short: the query's operand lies in shared
 constexpr int PARKED_WORDS = PARKS_OPERAND ? N_WARPS * 32 * HEAD_TILES * SLOTS : 0;
-constexpr int RING_WORDS = N_WARPS * STAGES * STAGE_WORDS;
+constexpr int RING_WORDS = N_WARPS * (STAGES * STAGE_WORDS + 2 * RANGE_WORDS);
 constexpr int JOIN_WORDS = N_WARPS * GROUP * JOIN_STRIDE;
 constexpr int SHARED_WORDS = QUERY_WORDS + TURN_WORDS + OFFSET_WORDS + PARKED_WORDS +
                              (RING_WORDS > JOIN_WORDS ? RING_WORDS : JOIN_WORDS);
@@ -55,37 +56,36 @@ constexpr int RESIDENT_CTAS = MIN_CTAS > 2 && __CUDA_ARCH__ >= 1000 ? 2 : MIN_CT
 
 static_assert(KEY_MODE == 0 || BITS < 16, "a float16 cache holds K after RoPE");
 static_assert(KEY_MODE != 2 || (BITS == 4 && (HEAD_DIM & (HEAD_DIM - 1)) == 0 && HEAD_DIM >= 64), "exact sums");
+static_assert(STAGES <= PAGE_STEPS + 1, "ranges of two pages");
 static_assert(GROUP >= 1 && GROUP <= 16 && SHARED_BYTES == SHARED_WORDS * 4, "see attention_defines");
 
 // The pages that a warp walks over, and the copies of its steps, which are started one after the other.
 struct Walk {
     const unsigned* pages;
     const int* table;  // of the warp's pages, N_WARPS apart
-    unsigned* ring;
-    int lane, n_pages, n_steps, n_heads, head, ids = 0;
-    const unsigned* page_start = nullptr;
+    int lane, n_pages, n_steps, n_heads, head;
+    unsigned ranges;  // shared memory: the lane's part of two pages' ranges
+    int ids = 0;
+    const unsigned* source = nullptr;
 
-    __device__ void start_copy(int step) {
-        if (step < n_steps) {
-            const int page = step / PAGE_STEPS, part = step % PAGE_STEPS;
-            if (part == 0) {
+    // The copy of the next of `n_steps` steps, in `part` of `page`, to `stage`.
+    __device__ void start_copy(int page, bool is_first, unsigned stage) {
+        if (n_steps-- > 0) {
+            if (is_first) {
                 if (page % 32 == 0) ids = table[min(page + lane, n_pages - 1) * N_WARPS];
                 const long long id = __shfl_sync(ALL_LANES, ids, page % 32);
-                page_start = pages + (id * n_heads + head) * PAGE_WORDS;
+                const unsigned* start = pages + (id * n_heads + head) * PAGE_WORDS;
+                const unsigned to = ranges + page % 2 * RANGE_WORDS * 4;
+                source = start + lane * PLANE_WORDS;
+                if (BITS < 16) copy_words_async<4>(to, start + 2 * SIDE_WORDS + lane * 4);
             }
-            const unsigned* source = page_start + (part * 64 + lane) * PLANE_WORDS;
-            unsigned* stage = ring + step % STAGES * STAGE_WORDS;
 #pragma unroll
             for (int i = 0; i < 4 * PLANES; ++i) {  // K of 8 tokens, K of the next 8, V, V
                 const int plane = i % PLANES, side = i / PLANES / 2, eight = i / PLANES % 2;
-                copy_words_async<PLANE_WORDS>(
-                    stage + (i * 32 + lane) * PLANE_WORDS,
-                    source + side * SIDE_WORDS + (plane * PAGE_CHUNKS + eight * 32) * PLANE_WORDS);
+                const unsigned* from = source + side * SIDE_WORDS + (plane * PAGE_CHUNKS + eight * 32) * PLANE_WORDS;
+                copy_words_async<PLANE_WORDS>(stage + i * 32 * PLANE_WORDS * 4, from);
             }
-            if (BITS < 16 && lane < 8) {
-                copy_async(stage + 4 * 32 * CHUNK_WORDS + lane * 4,
-                           page_start + 2 * SIDE_WORDS + part * 2 * STEP_TOKENS + lane * 4);
-            }
+            source += 64 * PLANE_WORDS;
         }
         copy_commit();
     }
@@ -96,8 +96,9 @@ struct Walk {
 extern "C" __global__ void __launch_bounds__(32 * N_WARPS, RESIDENT_CTAS)
 kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pages, const int* __restrict__ page_table,
              const int* __restrict__ lengths, const float2* __restrict__ rotary, const unsigned* __restrict__ page_turns,
-             const float* __restrict__ norm_weight, const float* __restrict__ key_offset, ELEMENT* __restrict__ out, float* __restrict__ partials,
-             unsigned* __restrict__ counters, int query_stride, int table_stride, float epsilon, float softmax_scale) {
+             const float* __restrict__ norm_weight, const float* __restrict__ key_offset, ELEMENT* __restrict__ out,
+             float* __restrict__ partials, unsigned* __restrict__ counters, int query_stride, int table_stride,
+             float epsilon, float softmax_scale) {
     extern __shared__ __align__(16) unsigned shared[];
     float* queries = reinterpret_cast<float*>(shared);
     unsigned* turns = shared + QUERY_WORDS;
@@ -130,16 +131,21 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
     // This CTA's pages, this warp's among them, and the first copies.
     const int n_pages = (length + PAGE_TOKENS - 1) / PAGE_TOKENS;
     const int first = n_pages * split / n_splits + warp, end = n_pages * (split + 1) / n_splits;
-    Walk walk{pages, page_table + sequence * table_stride + first, ring + warp * STAGES * STAGE_WORDS, lane};
+    Walk walk{pages, page_table + sequence * table_stride + first, lane};
     walk.n_pages = first < end ? (end - first + N_WARPS - 1) / N_WARPS : 0;
     const int last_tokens = length - (first + (walk.n_pages - 1) * N_WARPS) * PAGE_TOKENS;
     walk.n_steps = walk.n_pages ? (walk.n_pages - 1) * PAGE_STEPS + min(PAGE_STEPS, (last_tokens + 15) / STEP_TOKENS) : 0;
     walk.n_heads = n_heads;
     walk.head = head;
+    const unsigned own_ranges = shared_address(ring + N_WARPS * STAGES * STAGE_WORDS + warp * 2 * RANGE_WORDS);
+    walk.ranges = own_ranges + lane * 16;
+    const unsigned own_ring = shared_address(ring + warp * STAGES * STAGE_WORDS + lane * PLANE_WORDS);
     for (int i = threadIdx.x * 4; i < TURN_WORDS; i += 32 * N_WARPS * 4) copy_async(turns + i, page_turns + i);
     copy_commit();
 #pragma unroll
-    for (int step = 0; step < STAGES - 1; ++step) walk.start_copy(step);
+    for (int step = 0; step < STAGES - 1; ++step) {
+        walk.start_copy(step / PAGE_STEPS, step % PAGE_STEPS == 0, own_ring + step * STAGE_WORDS * 4);
+    }
 
     for (int i = threadIdx.x; i < OFFSET_WORDS; i += 32 * N_WARPS) {  // [slot / 4][t][slot % 4]
         const int slot = i / 16 * 4 + i % 4, half = slot / (SLOTS / 2);
@@ -149,14 +155,14 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
         for (int j = 0; j < 2 && channel >= 0; ++j) {
             const int low = (channel + j) % (HEAD_DIM / 2);  // KEY_MODE 2: as a and -b, see `rebuild`
             pair[j] = KEY_MODE == 1 ? row[channel + j]
-                                    : 0.5f * (row[low + HEAD_DIM / 2] + (half ? -row[low] : row[low]));
+                                    : 0.5f / KEY_UNIT * (row[low + HEAD_DIM / 2] + (half ? -row[low] : row[low]));
         }
         offsets[i] = as_word(__floats2half2_rn(pair[0], pair[1]));
     }
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
         const int row = warp + i * N_WARPS;
-        if (row >= HEAD_TILES * 8) break;
+        if (row >= QUERY_ROWS) break;
         float* own = queries + row * QUERY_STRIDE;
 #pragma unroll
         for (int k = 0; k < LANE_PARTS; ++k) {
@@ -177,92 +183,117 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
         query_operand<false>(queries, nullptr, g, t, operand);
         query_sums(operand, t, sums);
     }
-    const Hadamard32 hadamard(g, t);
-    const float log_scale = softmax_scale * LOG2_E;
-    Softmax softmax;
+    const Hadamard16 hadamard(g, t);
+    Softmax softmax(__shfl_sync(ALL_LANES, softmax_scale * (LOG2_E * KEY_UNIT), lane));
+    const __half2 spike_unit = __floats2half2_rn(t == 0 ? SPIKE_UNIT : 0.0f, 0.0f);
+    const unsigned lane_offsets = shared_address(offsets + t * 4), lane_turns = shared_address(turns + (g * 4 + t) * 4);
+    const unsigned lane_ranges = kept(own_ranges + g * 8);
+    const unsigned last_stage = own_ring + (STAGES - 1) * STAGE_WORDS * 4;
+    unsigned free_stage = last_stage;
+    int left = length - first * PAGE_TOKENS;
 
-    for (int step = 0; step < walk.n_steps; ++step) {
-        copy_wait<STAGES - 2>();
-        __syncwarp();
-        walk.start_copy(step + STAGES - 1);
-        const unsigned* stage = walk.ring + step % STAGES * STAGE_WORDS;
-        const int page = first + step / PAGE_STEPS * N_WARPS, place = step % PAGE_STEPS * STEP_TOKENS + g;
-        bool exists[2];
-        float2 key_ranges[2] = {}, value_ranges[2] = {};
-        Words words[2];
+#pragma unroll 1
+    for (int page = 0; page < walk.n_pages; ++page, left -= N_WARPS * PAGE_TOKENS) {
+        const int slot = page % TOGETHER;
+        if (KEY_MODE && slot == 0) {
+            const int next = TOGETHER > 1 ? min(g / GROUP, walk.n_pages - 1 - page) : 0;
+            const int turn = position - (first + (page + next) * N_WARPS) * PAGE_TOKENS;
+            query_operand<true>(queries, rotary + static_cast<long long>(turn) * (HEAD_DIM / 2), g, t, operand);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            exists[i] = page * PAGE_TOKENS + place + 8 * i < length;
-            if (BITS < 16) {  // K of an unused place may be anything: its score is replaced
-                const uint2 ranges = *reinterpret_cast<const uint2*>(stage + 4 * 32 * CHUNK_WORDS + 2 * (g + 8 * i));
-                key_ranges[i] = __half22float2(as_half2(ranges.x));
-                value_ranges[i] = __half22float2(as_half2(exists[i] ? ranges.y : 0u));
-            } else {
-                value_ranges[i].x = exists[i] ? 1.0f : 0.0f;
+            for (int i = 0; PARKS_OPERAND && i < HEAD_TILES * SLOTS; ++i) {
+                parked[i * 32 * N_WARPS] = operand[i / SLOTS][i % SLOTS];
             }
-            load_chunk(stage + i * 32 * CHUNK_WORDS, lane, words[i]);
         }
+        const bool odd = TOGETHER == 8 && slot % 2;  // one query: which of the lane's columns may be this page's
+        int lane_left = TOGETHER == 1 || (2 * t + odd) / GROUP == slot ? left - g : 0;
+        unsigned ranges = lane_ranges + page % 2 * RANGE_WORDS * 4, page_turn = lane_turns;
+        const int n_parts = min(PAGE_STEPS, (left + STEP_TOKENS - 1) / STEP_TOKENS);
+#pragma unroll 1
+        for (int part = 0; part < n_parts; ++part) {
+            copy_wait<STAGES - 2>();
+            __syncwarp();
+            const int ahead = part + STAGES - 1;
+            walk.start_copy(page + ahead / PAGE_STEPS, ahead % PAGE_STEPS == 0, free_stage);
+            free_stage = free_stage == last_stage ? own_ring : free_stage + STAGE_WORDS * 4;
+            const unsigned stage = free_stage;  // it is the next one that will be
+            bool exists[2];
+            unsigned key_ranges[2] = {}, value_ranges[2] = {};
+            Words words[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                exists[i] = lane_left > 8 * i;
+                if (BITS < 16) {  // K of an unused place may be anything: its score is replaced
+                    unsigned loaded[2];
+                    read_shared<2>(ranges + 8 * i * 8, loaded);
+                    key_ranges[i] = loaded[0];
+                    value_ranges[i] = exists[i] ? loaded[1] : 0u;
+                } else {
+                    value_ranges[i] = exists[i] ? 0x3c00u : 0u;
+                }
+                load_chunk(stage + i * 32 * CHUNK_WORDS * 4, words[i]);
+            }
 
-        float scores[HEAD_TILES][4] = {}, others[HEAD_TILES][4] = {};  // two chains of mma, half as long
-        if constexpr (KEY_MODE == 0) {
+            float products[HEAD_TILES][4] = {}, others[HEAD_TILES][4] = {};  // two chains of mma, half as long
+            if constexpr (KEY_MODE == 0) {
 #pragma unroll
-            for (int k = 0; k < SLOTS / 2; ++k) {
-                const unsigned a[4] = {subnormal_codes(words[0], 2 * k), subnormal_codes(words[1], 2 * k),
-                                       subnormal_codes(words[0], 2 * k + 1), subnormal_codes(words[1], 2 * k + 1)};
+                for (int k = 0; k < SLOTS / 2; ++k) {
+                    const unsigned a[4] = {subnormal_codes(words[0], 2 * k), subnormal_codes(words[1], 2 * k),
+                                           subnormal_codes(words[0], 2 * k + 1), subnormal_codes(words[1], 2 * k + 1)};
 #pragma unroll
-                for (int tile = 0; tile < HEAD_TILES; ++tile) {
-                    mma_float16<false>(k % 2 ? others[tile] : scores[tile], a, operand[tile][2 * k], operand[tile][2 * k + 1]);
+                    for (int tile = 0; tile < HEAD_TILES; ++tile) {
+                        float (&own)[4] = k % 2 ? others[tile] : products[tile];
+                        mma_float16<false>(own, a, operand[tile][2 * k], operand[tile][2 * k + 1]);
+                    }
                 }
-            }
-        } else {
-            if (step % PAGE_STEPS == 0) {
-                const long long turn = position - page * PAGE_TOKENS;
-                query_operand<true>(queries, rotary + turn * (HEAD_DIM / 2), g, t, operand);
-#pragma unroll
-                for (int i = 0; PARKS_OPERAND && i < HEAD_TILES * SLOTS; ++i) {
-                    parked[i * 32 * N_WARPS] = operand[i / SLOTS][i % SLOTS];
-                }
-            }
-            __half2 keys[2][SLOTS];
-            if constexpr (KEY_MODE == 2) {
-                hadamard.multiply(words, keys);
             } else {
+                __half2 keys[2][SLOTS];
+                if constexpr (KEY_MODE == 2) {
+                    hadamard.multiply(words, keys);
+                } else {
 #pragma unroll
-                for (int i = 0; i < 2 * SLOTS; ++i) keys[i % 2][i / 2] = exact_codes(words[i % 2], i / 2);
-            }
-            rebuild(keys, key_ranges, offsets, turns, place, t);
+                    for (int i = 0; i < 2 * SLOTS; ++i) keys[i % 2][i / 2] = exact_codes(words[i % 2], i / 2);
+                }
+                rebuild(keys, key_ranges, spike_unit, lane_offsets, page_turn);
 #pragma unroll
-            for (int k = 0; k < SLOTS / 2; ++k) {
-                const unsigned a[4] = {as_word(keys[0][2 * k]), as_word(keys[1][2 * k]), as_word(keys[0][2 * k + 1]),
-                                       as_word(keys[1][2 * k + 1])};
+                for (int k = 0; k < SLOTS / 2; ++k) {
+                    const unsigned a[4] = {as_word(keys[0][2 * k]), as_word(keys[1][2 * k]), as_word(keys[0][2 * k + 1]),
+                                           as_word(keys[1][2 * k + 1])};
 #pragma unroll
-                for (int tile = 0; tile < HEAD_TILES; ++tile) {
-                    const unsigned* own = parked + (tile * SLOTS + 2 * k) * 32 * N_WARPS;
-                    const unsigned b0 = PARKS_OPERAND ? own[0] : operand[tile][2 * k];
-                    const unsigned b1 = PARKS_OPERAND ? own[32 * N_WARPS] : operand[tile][2 * k + 1];
-                    mma_float16<false>(k % 2 ? others[tile] : scores[tile], a, b0, b1);
+                    for (int tile = 0; tile < HEAD_TILES; ++tile) {
+                        const unsigned* own = parked + (tile * SLOTS + 2 * k) * 32 * N_WARPS;
+                        const unsigned b0 = PARKS_OPERAND ? own[0] : operand[tile][2 * k];
+                        const unsigned b1 = PARKS_OPERAND ? own[32 * N_WARPS] : operand[tile][2 * k + 1];
+                        mma_float16<false>(k % 2 ? others[tile] : products[tile], a, b0, b1);
+                    }
                 }
             }
-        }
+            float scores[HEAD_TILES][2][LANE_COLUMNS];
 #pragma unroll
-        for (int i = 0; i < 4 * HEAD_TILES; ++i) {
-            const int tile = i / 4, j = i % 4;
-            const float2 range = key_ranges[j / 2];
-            float score = (scores[tile][j] + others[tile][j]) * log_scale;
-            if (KEY_MODE == 0 && BITS < 16) score = score * (range.x * CODE_UNIT) + range.y * (sums[tile][j % 2] * log_scale);
-            scores[tile][j] = exists[j / 2] ? score : minus_infinity();
-        }
-        softmax.refer(scores);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            load_chunk(stage + (2 + i) * 32 * CHUNK_WORDS, lane, words[i]);
-            const int left = length - page * PAGE_TOKENS - (place - g + 8 * i + 2 * t);  // V's tokens: 2 t and the next
-            if (BITS == 16 && left < 2) {  // weight 0 times what an unused place may hold is not 0
-#pragma unroll
-                for (int j = 0; j < CHUNK_WORDS; ++j) words[i][j] &= left < 1 ? 0u : 0x0000ffffu;
+            for (int i = 0; i < 2 * LANE_COLUMNS * HEAD_TILES; ++i) {
+                const int tile = i / 2 / LANE_COLUMNS, row = i % 2, j = i / 2 % LANE_COLUMNS, n = 2 * row + j;
+                float score = products[tile][n] + others[tile][n];
+                if (LANE_COLUMNS == 1 && odd) score = products[tile][n + 1] + others[tile][n + 1];
+                if (KEY_MODE == 0 && BITS < 16) {
+                    const float2 range = __half22float2(as_half2(key_ranges[row]));
+                    score = score * (range.x * CODE_UNIT) + range.y * sums[tile][j];
+                }
+                scores[tile][row][j] = exists[row] ? score : minus_infinity();
             }
+            softmax.refer(scores);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                load_chunk(stage + (2 + i) * 32 * CHUNK_WORDS * 4, words[i]);
+                const int tokens = left - part * STEP_TOKENS - 8 * i - 2 * t;  // V's tokens: 2 t and the next
+                if (BITS == 16 && tokens < 2) {  // weight 0 times what an unused place may hold is not 0
+#pragma unroll
+                    for (int j = 0; j < CHUNK_WORDS; ++j) words[i][j] &= tokens < 1 ? 0u : 0x0000ffffu;
+                }
+            }
+            softmax.add(scores, value_ranges, odd, words);
+            lane_left -= STEP_TOKENS;
+            ranges += STEP_TOKENS * 8;
+            page_turn += STEP_TOKENS * 64;
         }
-        softmax.add(scores, value_ranges, words);
     }
 
     // The warps' shares, then the splits', in a fixed order.

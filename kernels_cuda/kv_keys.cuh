@@ -7,7 +7,14 @@
 
 constexpr int HEAD_TILES = (GROUP + 7) / 8;
 constexpr int QUERY_STRIDE = STORED_DIM + 8;  // words, so that eight heads lie on different banks
-constexpr float ROOT_OF_DIM = HEAD_DIM == 64 ? 8.0f : HEAD_DIM == 128 ? 11.3137085f : 16.0f;  // KEY_MODE 2
+// Before RoPE a query is turned for a page; columns of mma that no other query takes hold it turned for the next pages.
+constexpr int TOGETHER = KEY_MODE && (GROUP == 1 || GROUP == 2 || GROUP == 4) ? 8 / GROUP : 1;
+constexpr int QUERY_ROWS = TOGETHER > 1 ? GROUP : HEAD_TILES * 8;
+constexpr int LANE_COLUMNS = GROUP == 1 ? 1 : 2;  // columns of mma that a lane looks at
+// KEY_MODE 2 rebuilds K over KEY_UNIT, so that the transform's factors are powers of two: a half holds them.
+constexpr float KEY_UNIT = KEY_MODE == 2 && HEAD_DIM == 128 ? 1.41421356f : 1.0f;
+constexpr float SCALE_UNIT = KEY_MODE != 2 ? 1.0f : HEAD_DIM == 64 ? 64.0f : 32.0f;  // 512 / sqrt(HEAD_DIM) / KEY_UNIT
+constexpr float SPIKE_UNIT = HEAD_DIM == 256 ? 8.0f : 4.0f;  // sqrt(HEAD_DIM) / 2 / KEY_UNIT
 
 using Words = unsigned[CHUNK_WORDS];
 
@@ -32,52 +39,42 @@ __device__ __forceinline__ __half2 exact_codes(const Words& words, int slot) {
     return __hsub2(as_half2(subnormal_codes(words, slot) | base), as_half2(base));
 }
 
-__device__ __forceinline__ void load_chunk(const unsigned* part, int lane, Words& words) {
+__device__ __forceinline__ void load_chunk(unsigned address, Words& words) {
 #pragma unroll
     for (int plane = 0; plane < PLANES; ++plane) {
-        const unsigned* source = part + (plane * 32 + lane) * PLANE_WORDS;
-        if constexpr (PLANE_WORDS == 4) {
-            const uint4 loaded = *reinterpret_cast<const uint4*>(source);
-            words[4 * plane] = loaded.x, words[4 * plane + 1] = loaded.y;
-            words[4 * plane + 2] = loaded.z, words[4 * plane + 3] = loaded.w;
-        } else {
-#pragma unroll
-            for (int i = 0; i < PLANE_WORDS; ++i) words[plane * PLANE_WORDS + i] = source[i];
-        }
+        read_shared<PLANE_WORDS>(address + plane * 32 * PLANE_WORDS * 4, words + plane * PLANE_WORDS);
     }
 }
 
-// The B operand of 32-channel blocks of the transform: slots 2 k + j, codes as subnormals, times +-2^15 / unit.
-struct Hadamard32 {
-    unsigned b[2][4][2];
+// The transform by mma in blocks of 16 channels, the rest by butterflies. Its B operand takes codes as subnormals, times
+// +-2^15 over the slot's unit.
+struct Hadamard16 {
+    unsigned b[2][2];  // of the block's slots: out, in
 
-    __device__ Hadamard32(int g, int t) {
+    __device__ Hadamard16(int g, int t) {
 #pragma unroll
-        for (int i = 0; i < 16; ++i) {
-            const int in = i % 4, out = i / 4;
-            const int parity = __popc(t & (g / 2)) + __popc(in & out);
-            const unsigned size = in % 2 ? 0x6800u : 0x7800u;
-            b[in / 2][out][in % 2] = (size | parity % 2 << 15) | (size | (parity + g % 2) % 2 << 15) << 16;
+        for (int i = 0; i < 4; ++i) {
+            const int in = i % 2, out = i / 2, parity = __popc(t & (g / 2)) + __popc(in & out);
+            const unsigned size = in ? 0x6800u : 0x7800u;
+            b[out][in] = kept((size | parity % 2 << 15) | (size | (parity + g % 2) % 2 << 15) << 16);
         }
     }
 
     __device__ void multiply(const Words (&words)[2], __half2 (&keys)[2][SLOTS]) const {
 #pragma unroll
-        for (int quad = 0; quad < SLOTS; quad += 4) {
-            unsigned sums[4][2] = {};
+        for (int slot = 0; slot < SLOTS; slot += 2) {
+            const unsigned a[4] = {subnormal_codes(words[0], slot), subnormal_codes(words[1], slot),
+                                   subnormal_codes(words[0], slot + 1), subnormal_codes(words[1], slot + 1)};
 #pragma unroll
-            for (int k = 0; k < 2; ++k) {
-                const unsigned a[4] = {
-                    subnormal_codes(words[0], quad + 2 * k), subnormal_codes(words[1], quad + 2 * k),
-                    subnormal_codes(words[0], quad + 2 * k + 1), subnormal_codes(words[1], quad + 2 * k + 1)};
-#pragma unroll
-                for (int out = 0; out < 4; ++out) mma_float16_sums(sums[out], a, b[k][out][0], b[k][out][1]);
+            for (int out = 0; out < 2; ++out) {
+                unsigned sums[2] = {};
+                mma_float16_sums(sums, a, b[out][0], b[out][1]);
+                keys[0][slot + out] = as_half2(sums[0]);
+                keys[1][slot + out] = as_half2(sums[1]);
             }
-#pragma unroll
-            for (int i = 0; i < 8; ++i) keys[i % 2][quad + i / 2] = as_half2(sums[i / 2][i % 2]);
         }
 #pragma unroll
-        for (int step = 4; step < SLOTS / 2; step *= 2) {  // the last one, of the head's halves, is left to the turns
+        for (int step = 2; step < SLOTS / 2; step *= 2) {  // the last one, of the head's halves, is left to the turns
 #pragma unroll
             for (int i = 0; i < 2 * SLOTS; ++i) {
                 if (i / 2 & step) continue;
@@ -93,31 +90,38 @@ struct Hadamard32 {
 //
 // KEY_MODE 2 has the transforms a and b of the halves' codes: K's halves are a + b and a - b. With c = cos - sin and
 // s = cos + sin their turn is (a c + b s, a s - b c), which is the turn of (a, -b) by c and s; so `turns` holds those, and
-// scale, minimum and offset make a and -b.
-__device__ __forceinline__ void rebuild(__half2 (&keys)[2][SLOTS], const float2 (&ranges)[2], const unsigned* offsets,
-                                        const unsigned* turns, int place, int t) {
-    // The transform of a constant is a spike in its first channel; codes under the transform are 2^-9 * their sums.
-    constexpr float SCALE_UNIT = KEY_MODE == 2 ? 512.0f / ROOT_OF_DIM : 1.0f;
+// scale, minimum and offset make a and -b. The transform of a constant is a spike in its first channel: `spike_unit`
+// times the minimum. Codes under the transform are 2^-9 * their sums.
+//
+// Rounding, to halves: a KEY_MODE 2 channel once for scale and offset, the spike once more, each turned channel twice (one
+// product, one fma); sums of codes, scale times its unit and the spike itself are exact.
+__device__ __forceinline__ void rebuild(__half2 (&keys)[2][SLOTS], const unsigned (&ranges)[2], __half2 spike_unit,
+                                        unsigned offsets, unsigned turns) {
+    unsigned offset_words[4];
+    const __half2 scale_unit = __float2half2_rn(SCALE_UNIT);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        const __half2 scale = __float2half2_rn(ranges[i].x * SCALE_UNIT), negative = __hneg2(scale);
-        const __half2 minimum = __float2half2_rn(ranges[i].y);
-        const __half2 spike = __floats2half2_rn(t == 0 ? ranges[i].y * (0.5f * ROOT_OF_DIM) : 0.0f, 0.0f);
+        const __half2 range = as_half2(ranges[i]), minimum = __high2half2(range), spike = __hmul2_rn(minimum, spike_unit);
+        const __half2 scale = KEY_MODE == 2 ? __hmul2_rn(__low2half2(range), scale_unit) : __low2half2(range);
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) {
             __half2& key = keys[i][slot];
+            if (KEY_OFFSET && slot % 4 == 0) read_shared<4>(offsets + slot * 16, offset_words);
+            const __half2 offset = KEY_OFFSET ? as_half2(offset_words[slot % 4]) : __float2half2_rn(0.0f);
+            const __half2 factor = slot < SLOTS / 2 ? scale : __hneg2(scale);
             if (KEY_MODE == 1) key = __hfma2(key, scale, minimum);
-            if (KEY_MODE == 2) key = __hmul2(key, slot < SLOTS / 2 ? scale : negative);
+            if (KEY_MODE == 1 && KEY_OFFSET) key = __hadd2(key, offset);
+            if (KEY_MODE == 2) key = KEY_OFFSET ? __hfma2(key, factor, offset) : __hmul2(key, factor);
             if (KEY_MODE == 2 && slot == 0) key = __hadd2(key, spike);
             if (KEY_MODE == 2 && slot == SLOTS / 2) key = __hsub2(key, spike);
-            if (KEY_OFFSET) key = __hadd2(key, as_half2(offsets[slot / 4 * 16 + t * 4 + slot % 4]));
         }
 #pragma unroll
         for (int pair = 0; pair < SLOTS / 4; ++pair) {
-            const uint4 turn = *reinterpret_cast<const uint4*>(turns + ((pair * PAGE_TOKENS + place + 8 * i) * 4 + t) * 4);
+            unsigned turn[4];
+            read_shared<4>(turns + (pair * PAGE_TOKENS + 8 * i) * 64, turn);
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-                const __half2 cosine = as_half2(j ? turn.z : turn.x), sine = as_half2(j ? turn.w : turn.y);
+                const __half2 cosine = as_half2(turn[2 * j]), sine = as_half2(turn[2 * j + 1]);
                 __half2 &low = keys[i][2 * pair + j], &high = keys[i][2 * pair + j + SLOTS / 2];
                 const __half2 turned = __hfma2(__hneg2(high), sine, __hmul2(low, cosine));
                 high = __hfma2(low, sine, __hmul2(high, cosine));
@@ -146,7 +150,7 @@ __device__ __forceinline__ void query_operand(const float* query, const float2* 
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
                 const int channel = key_channel(0, t * SLOTS + 2 * slot + j);
-                const float* head = query + (tile * 8 + g) * QUERY_STRIDE;
+                const float* head = query + (TOGETHER > 1 ? g % GROUP : tile * 8 + g) * QUERY_STRIDE;
                 const float x = channel < 0 ? 0.0f : head[channel];
                 const float y = channel < 0 ? 0.0f : head[channel + HEAD_DIM / 2];
                 low[j] = TURNED ? x * turn[j].x - y * turn[j].y : x / slot_unit(slot);

@@ -3,12 +3,33 @@
 
 #include "gemm_sm80.cuh"
 
+// Addresses of shared memory, in bytes, are passed from lane to lane once: the compiler then keeps them, where it would
+// make them anew from the thread's number at every use.
+__device__ __forceinline__ unsigned kept(unsigned word) { return __shfl_sync(0xffffffffu, word, threadIdx.x % 32); }
+__device__ __forceinline__ unsigned shared_address(const unsigned* place) {
+    return kept(static_cast<unsigned>(__cvta_generic_to_shared(place)));
+}
+
+template <int WORDS>
+__device__ __forceinline__ void read_shared(unsigned address, unsigned* words) {
+    if constexpr (WORDS == 4) {
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "r"(address) : "memory");
+    } else if constexpr (WORDS == 2) {
+        asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(address) : "memory");
+    } else {
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) {
+            asm volatile("ld.shared.u32 %0, [%1];" : "=r"(words[i]) : "r"(address + 4 * i) : "memory");
+        }
+    }
+}
+
 // Global to shared, WORDS words of 4 bytes, aligned to a power of two of them.
 template <int WORDS>
-__device__ __forceinline__ void copy_words_async(unsigned* destination, const unsigned* source) {
-    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(destination));
+__device__ __forceinline__ void copy_words_async(unsigned address, const unsigned* source) {
     if constexpr (WORDS == 4) {
-        copy_async(destination, source);
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(source) : "memory");
     } else if constexpr (WORDS == 2) {
         asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(address), "l"(source) : "memory");
     } else {

@@ -8,56 +8,73 @@ constexpr float WEIGHT_UNIT = BITS < 16 ? 64.0f : 1.0f;  // keeps P * scale of V
 
 __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
 
+// Columns of mma are the queries of a page; with TOGETHER pages side by side, those of other pages have scores of minus
+// infinity, and all columns of a query share one reference. GROUP 1: `odd` says which of a lane's two columns is looked at.
 struct Softmax {
-    float largest[HEAD_TILES][2], denominator[HEAD_TILES][2], minima[HEAD_TILES][2];
-    float numerators[HEAD_TILES][SLOTS / 2][4];
+    static constexpr int FIRST = GROUP == 1 ? 1 : TOGETHER > 1 ? GROUP / 2 : 4;  // lanes so far apart have the same query
+    float log_scale, largest[HEAD_TILES][LANE_COLUMNS], shift[HEAD_TILES][LANE_COLUMNS];
+    float denominator[HEAD_TILES][LANE_COLUMNS], minima[HEAD_TILES][LANE_COLUMNS], numerators[HEAD_TILES][SLOTS / 2][4];
 
-    __device__ Softmax() : denominator{}, minima{}, numerators{} {
+    __device__ explicit Softmax(float scale) : log_scale(scale), denominator{}, minima{}, numerators{} {
 #pragma unroll
-        for (int i = 0; i < 2 * HEAD_TILES; ++i) largest[i / 2][i % 2] = minus_infinity();
+        for (int i = 0; i < LANE_COLUMNS * HEAD_TILES; ++i) largest[i / LANE_COLUMNS][i % LANE_COLUMNS] = minus_infinity();
     }
 
-    // Scores (in units of log 2) above the largest so far make a new reference; else all stays as it is.
-    __device__ void refer(const float (&scores)[HEAD_TILES][4]) {
+    // Scores above the largest so far make a new reference; else all stays as it is.
+    __device__ void refer(const float (&scores)[HEAD_TILES][2][LANE_COLUMNS]) {
         bool exceeds = false;
 #pragma unroll
-        for (int i = 0; i < 4 * HEAD_TILES; ++i) exceeds |= scores[i / 4][i % 4] > largest[i / 4][i % 2];
+        for (int i = 0; i < 2 * LANE_COLUMNS * HEAD_TILES; ++i) {
+            const int tile = i / 2 / LANE_COLUMNS, j = i / 2 % LANE_COLUMNS;
+            exceeds |= scores[tile][i % 2][j] > largest[tile][j];
+        }
         if (!__any_sync(ALL_LANES, exceeds)) return;
 #pragma unroll
-        for (int i = 0; i < 2 * HEAD_TILES; ++i) {
-            const int tile = i / 2, j = i % 2;
-            float found = fmaxf(fmaxf(scores[tile][j], scores[tile][j + 2]), largest[tile][j]);
+        for (int i = 0; i < LANE_COLUMNS * HEAD_TILES; ++i) {
+            const int tile = i / LANE_COLUMNS, j = i % LANE_COLUMNS;
+            float found = fmaxf(fmaxf(scores[tile][0][j], scores[tile][1][j]), largest[tile][j]);
 #pragma unroll
-            for (int step = 4; step < 32; step *= 2) found = fmaxf(found, __shfl_xor_sync(ALL_LANES, found, step));
-            const float factor = exp2_approximate(largest[tile][j] - found);
+            for (int step = FIRST; step < 32; step *= 2) found = fmaxf(found, __shfl_xor_sync(ALL_LANES, found, step));
+            const float factor = exp2_approximate((largest[tile][j] - found) * log_scale);
             largest[tile][j] = found;
+            shift[tile][j] = -found * log_scale;
             denominator[tile][j] *= factor;
             minima[tile][j] *= factor;
 #pragma unroll
             for (int k = 0; k < SLOTS / 2; ++k) {
-                numerators[tile][k][j] *= factor;
-                numerators[tile][k][j + 2] *= factor;
+#pragma unroll
+                for (int n = 0; n < 4; ++n) {
+                    if (LANE_COLUMNS == 1 || n % 2 == j) numerators[tile][k][n] *= factor;
+                }
             }
         }
     }
 
     // Adds P V of 16 tokens; `ranges` are V's scale and minimum of the lane's tokens g and g + 8.
-    __device__ void add(const float (&scores)[HEAD_TILES][4], const float2 (&ranges)[2], const Words (&words)[2]) {
+    __device__ void add(const float (&scores)[HEAD_TILES][2][LANE_COLUMNS], const unsigned (&ranges)[2], bool odd,
+                        const Words (&words)[2]) {
         unsigned weights[HEAD_TILES][2];
+        float2 values[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            values[i] = __half22float2(as_half2(ranges[i]));
+            values[i].x = fminf(values[i].x * WEIGHT_UNIT, 65504.0f);  // no weight is above 1
+        }
 #pragma unroll
         for (int tile = 0; tile < HEAD_TILES; ++tile) {
-            float p[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                p[i] = exp2_approximate(scores[tile][i] - largest[tile][i % 2]);
-                denominator[tile][i % 2] += p[i];
-                minima[tile][i % 2] += p[i] * ranges[i / 2].y;
-            }
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const float unit = ranges[i].x * WEIGHT_UNIT;
-                const __half2 pair = __floats2half2_rn(fminf(p[2 * i] * unit, 65504.0f), fminf(p[2 * i + 1] * unit, 65504.0f));
-                weights[tile][i] = transpose(as_word(pair));
+                float p[2] = {};
+#pragma unroll
+                for (int j = 0; j < LANE_COLUMNS; ++j) {
+                    p[j] = exp2_approximate(scores[tile][i][j] * log_scale + shift[tile][j]);
+                    denominator[tile][j] += p[j];
+                    minima[tile][j] += p[j] * values[i].y;
+                    p[j] *= values[i].x;
+                }
+                unsigned pair = as_word(__floats2half2_rn(p[0], p[1]));
+                if (LANE_COLUMNS == 1 && TOGETHER > 1) pair <<= odd ? 16 : 0;
+                weights[tile][i] = transpose(pair);
             }
         }
 #pragma unroll
@@ -74,21 +91,31 @@ struct Softmax {
     // The warp's share to shared memory: [GROUP][JOIN_STRIDE].
     __device__ void store(float* share, int g, int t) {
 #pragma unroll
-        for (int i = 0; i < 2 * HEAD_TILES; ++i) {
-            const int tile = i / 2, j = i % 2, head = tile * 8 + 2 * t + j;
+        for (int i = 0; i < LANE_COLUMNS * HEAD_TILES; ++i) {
+            const int tile = i / LANE_COLUMNS, j = i % LANE_COLUMNS;
+            const int head = TOGETHER > 1 ? (2 * t + j) % GROUP : tile * 8 + 2 * t + j;
+            float sums[SLOTS];
 #pragma unroll
-            for (int step = 4; step < 32; step *= 2) {
+            for (int slot = 0; slot < SLOTS; ++slot) {
+                const float* own = numerators[tile][slot / 2] + slot % 2 * 2;
+                sums[slot] = own[j] + (TOGETHER > 1 && GROUP == 1 ? own[1] : 0.0f);
+#pragma unroll
+                for (int step = FIRST; TOGETHER > 1 && step < 4; step *= 2) {
+                    sums[slot] += __shfl_xor_sync(ALL_LANES, sums[slot], step);
+                }
+            }
+#pragma unroll
+            for (int step = TOGETHER > 1 ? FIRST : 4; step < 32; step *= 2) {
                 denominator[tile][j] += __shfl_xor_sync(ALL_LANES, denominator[tile][j], step);
                 minima[tile][j] += __shfl_xor_sync(ALL_LANES, minima[tile][j], step);
             }
-            if (head >= GROUP) continue;
+            if (TOGETHER > 1 ? t * 2 >= GROUP : head >= GROUP) continue;
             float* row = share + head * JOIN_STRIDE;
 #pragma unroll
             for (int slot = 0; slot < SLOTS; ++slot) {
-                const float unit = CODE_UNIT / WEIGHT_UNIT / slot_unit(slot);
-                row[g * SLOTS + slot] = numerators[tile][slot / 2][j + slot % 2 * 2] * unit + minima[tile][j];
+                row[g * SLOTS + slot] = sums[slot] * (CODE_UNIT / WEIGHT_UNIT / slot_unit(slot)) + minima[tile][j];
             }
-            if (g == 0) row[STORED_DIM] = largest[tile][j], row[STORED_DIM + 1] = denominator[tile][j];
+            if (g == 0) row[STORED_DIM] = largest[tile][j] * log_scale, row[STORED_DIM + 1] = denominator[tile][j];
         }
     }
 };

@@ -23,6 +23,7 @@ _RING_BYTES, _REBUILDING_RING_BYTES = (
     9216,
     7168,
 )  # of a warp's stages: what is on its way while others compute
+_PAGE_STEPS = PAGE_TOKENS // 16  # a warp takes 16 tokens at a time
 _PAGES_OF_SPLIT = 4  # at least, else joining costs more than it gains
 
 
@@ -218,13 +219,14 @@ def attention_defines(
     mode, dim = layout.key_mode, layout.stored_dim
     has_offset = has_offset and mode > 0
     tiles = math.ceil(group / 8)
-    stage_words = dim * layout.n_bits + (32 if layout.n_bits < 16 else 0)
+    stage_words, range_words = dim * layout.n_bits, 2 * PAGE_TOKENS if layout.n_bits < 16 else 0
     ring_bytes = _REBUILDING_RING_BYTES if mode else _RING_BYTES
-    stages = max(2, min(6, ring_bytes // (4 * stage_words)))
-    fixed_words = tiles * 8 * (dim + 8) + (32 * dim if mode else 0) + (dim // 2 if has_offset else 0)
+    stages = max(2, min(_PAGE_STEPS + 1, ring_bytes // (4 * stage_words + range_words * 4 // _PAGE_STEPS)))
+    query_rows = group if mode and group in (1, 2, 4) else tiles * 8  # the kernel's TOGETHER
+    fixed_words = query_rows * (dim + 8) + (32 * dim if mode else 0) + (dim // 2 if has_offset else 0)
     if mode and dim > 128:  # the kernel's PARKS_OPERAND
         fixed_words += _WARPS * 32 * tiles * (dim // 8)
-    ring_words = max(_WARPS * stages * stage_words, _WARPS * group * (dim + 2))
+    ring_words = max(_WARPS * (stages * stage_words + 2 * range_words), _WARPS * group * (dim + 2))
     is_large = dim * tiles > 128 or layout.n_bits == 16
     return {
         "ELEMENT": _ELEMENTS[dtype],
