@@ -18,7 +18,6 @@ from atomq.block_quantizer import LinearReport
 from atomq.config import CalibrationConfig, Recipe
 from atomq.errors import ConfigError
 from atomq.eval.windows import TokenWindows, calibration_windows
-from atomq.memory import give_back_large_ones
 from atomq.models.experts import ExpertRouting
 from atomq.models.families import ModelFamily, find_family
 from atomq.models.loading import load_tokenizer, open_float_model
@@ -49,7 +48,6 @@ def assist(model_name: str, recipe: Recipe, device: torch.device, calibration: C
     Raises:
         AtomqError: the same bad input as there.
     """
-    give_back_large_ones()
     source = resolve_source(model_name)
 
     def receive() -> dict[str, torch.Tensor]:

@@ -26,7 +26,7 @@ from atomq.errors import ConfigError
 from atomq.formats.files import write_file
 from atomq.formats.journal import Hashed
 from atomq.formats.shards import ShardTensor, shard_bytes, whole
-from atomq.memory import PeakMemory, free_bytes, give_back_large_ones, held_bytes
+from atomq.memory import PeakMemory, free_bytes, held_bytes
 from atomq.models.blocks import blocks_of, bytes_between_blocks, keep_first_blocks, linear_shapes
 from atomq.models.families import ModelFamily, find_family
 from atomq.models.loading import companions, load_tokenizer, open_float_model
@@ -98,7 +98,6 @@ def estimate(
     """
     began = time.perf_counter()
     calibration = calibration or CalibrationConfig()
-    give_back_large_ones()
     source = resolve_source(model_name)
     with PeakMemory(device) as peak:  # of the preparations too: cutting a long text may take the most
         tokenizer = load_tokenizer(source)
@@ -113,6 +112,7 @@ def estimate(
             windows.check_variety()
             n_tokens = windows.n_tokens
         _refuse_hopeless(model, family, recipe, device, n_tokens, activations)
+        weights.check_outside_blocks(family)
         settling = time.perf_counter()
         recipe, choice = settle_rotation(source, recipe, windows, device, on_progress)
         settled = time.perf_counter()

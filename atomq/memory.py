@@ -54,7 +54,9 @@ def give_back() -> None:
 def give_back_large_ones() -> None:
     """From now on let the system have large tensors as soon as they are freed. glibc learns from every one
     that is freed to keep the next, up to 32 MB each, in a heap that smaller ones then hold open: a fifth to a
-    third of a small model's peak, and how much is chance.
+    third of a small model's peak, and how much is chance. It takes about a twentieth more time.
+
+    It holds for the whole process, so that it is the commands that call it, never the library.
     """
     if hasattr(_C, "mallopt"):
         _C.mallopt(_M_MMAP_THRESHOLD, _LARGE)

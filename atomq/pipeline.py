@@ -36,11 +36,17 @@ from atomq.formats.files import write_file, write_json
 from atomq.formats.schema import code_bytes, effective_bits, quantization_config
 from atomq.formats.shards import ShardTensor
 from atomq.formats.writer import CheckpointWriter
-from atomq.memory import PeakMemory, give_back_large_ones
+from atomq.memory import PeakMemory
 from atomq.models.blocks import linear_shapes
 from atomq.models.experts import ExpertRouting
 from atomq.models.families import LinearShape, ModelFamily, find_family
-from atomq.models.loading import companions, is_local_path, load_tokenizer, open_float_model
+from atomq.models.loading import (
+    check_outside_blocks,
+    companions,
+    is_local_path,
+    load_tokenizer,
+    open_float_model,
+)
 from atomq.models.quantized import head_dim_of
 from atomq.models.source import resolve_source, source_hash
 from atomq.models.streaming import StoredWeights, tensors_to_store
@@ -103,7 +109,6 @@ def calibrate(
     Writes the artefact `path` and, if asked, a `picture` (.png or .svg) of the channels.
     """
     place = choose_device(device)
-    give_back_large_ones()
     source = resolve_source(model_name)
     windows = cut_windows(load_tokenizer(source), calibration)
     model, weights = open_float_model(source)
@@ -174,7 +179,6 @@ def quantize(
             f"first; leave --calibration away, or give --rotate none"
         )
     calibration = calibration or CalibrationConfig()
-    give_back_large_ones()
     source = resolve_source(model_name)
     writing = CheckpointWriter(out, overwrite=overwrite, restart=restart)
     with (
@@ -185,6 +189,7 @@ def quantize(
     ):
         tokenizer = load_tokenizer(source)  # needed in the checkpoint, whatever the recipe
         windows = cut_windows(tokenizer, calibration) if recipe.needs_calibration else None
+        check_outside_blocks(source)
         settling = time.perf_counter()
         recipe, choice = settle_rotation(source, recipe, windows, place, on_progress, writer.earlier_job())
         settled = time.perf_counter()

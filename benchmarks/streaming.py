@@ -41,7 +41,9 @@ from pathlib import Path
 from atomq import pipeline
 from atomq.commands.quantize import build_recipe
 from atomq.config import CalibrationConfig
+from atomq.memory import give_back_large_ones
 import json, torch
+give_back_large_ones()
 torch.set_num_threads(int(sys.argv[6]))
 settings = json.loads(sys.argv[5])
 recipe = build_recipe("atom", {}, None, settings)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import doctest
 import inspect
 import json
+import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from tiny_checkpoints import files_outside_reports
 from tiny_models import save_tiny_model
 
 import atomq
-from atomq import api
+from atomq import api, memory
 from atomq.cli import main
 from atomq.commands import calibrate, eval_ppl, generate, quantize, verify
 from atomq.errors import ConfigError
@@ -54,6 +56,21 @@ def test_load_takes_what_generate_takes():
     ours = parameters(atomq.load)
     assert set(ours) <= set(theirs)
     assert all(same(value, theirs[name]) for name, value in ours.items())
+
+
+def test_commands_tell_the_allocator_to_give_large_tensors_back_and_functions_leave_the_process_alone(
+    tiny_dir, tmp_path, monkeypatch
+):
+    told = []
+    allocator = types.SimpleNamespace(mallopt=lambda *setting: told.append(setting), malloc_trim=lambda _: 0)
+    monkeypatch.setattr(memory, "_C", allocator)
+    environment = dict(os.environ)
+    atomq.quantize(tiny_dir, tmp_path / "OUT", preset="rtn", check="off")
+    assert told == []
+    assert dict(os.environ) == environment
+    argv = ["quantize", str(tiny_dir), str(tmp_path / "OUT-2"), "--preset", "rtn", "--check", "off"]
+    assert main(argv) == 0
+    assert told == [(-3, 4 << 20)]
 
 
 def test_importing_atomq_loads_nothing_and_everything_is_there_when_asked_for():

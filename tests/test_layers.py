@@ -52,6 +52,7 @@ BELOW_COMMANDS = {
     "api",
     "ladder",
     "ablation",
+    "memory",
 }
 # Part -> what it may import besides its own modules and EVERYWHERE. A dotted name allows that module only.
 LAW = {
@@ -90,7 +91,7 @@ LAW = {
     "ladder": set(),
     "ablation": {"assist", "block_loop", "eval", "facts", "formats", "hf", "ladder", "models", "pipeline"},
     "facts": {"memory", "block_loop", "eval", "formats", "models", "numerics", "rotation_choice"},
-    "assist": {"block_loop", "block_quantizer", "memory", "models", "eval", "numerics", "rotation_choice"},
+    "assist": {"block_loop", "block_quantizer", "models", "eval", "numerics", "rotation_choice"},
     "pipeline": {
         *(
             "assist",

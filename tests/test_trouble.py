@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import quantize_tiny, recipe_of
 from tiny_models import save_tiny_model
 
-from atomq import pipeline
+from atomq import block_loop, pipeline
+from atomq.cli import main
 from atomq.config import CalibrationConfig
 from atomq.errors import CalibrationDataError, UnsupportedModelError
 
@@ -41,6 +42,38 @@ def test_a_weight_that_is_not_finite_is_named_with_its_place(tmp_path, value, na
     with pytest.raises(UnsupportedModelError, match=rf"{name} holds NaN or Inf, first at \[{where}\]"):
         quantize_tiny(model, tmp_path / "OUT")
     assert not list(tmp_path.glob(".OUT*"))
+
+
+@pytest.mark.parametrize("dry", [False, True])
+@pytest.mark.parametrize("rotate", ["none", "auto"])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
+def test_outside_of_the_blocks_it_is_named_before_any_work(
+    tmp_path, text_file, capsys, monkeypatch, name, rotate, dry
+):
+    def compute(*_args: object) -> None:
+        raise AssertionError("calibration text was passed through the model")
+
+    monkeypatch.setattr(block_loop, "capture_block_inputs", compute)
+    model = save_tiny_model(tmp_path / "model", tie_word_embeddings=False)
+    change_weight(model, name, lambda weight: weight[-1:].fill_(float("nan")))
+    argv = ["quantize", str(model), str(tmp_path / "OUT"), "--group-size", "16", "--n-outliers", "5"]
+    argv += ["--calib-data", str(text_file), "--n-samples", "4", "--seq-len", "32", "--rotate", rotate]
+    assert main([*argv, *(["--dry-run"] if dry else [])]) == 2
+    place = "[47]" if name == "model.norm.weight" else "[255, 0]"
+    assert f"{name} holds NaN or Inf, first at {place}; the file is broken" in capsys.readouterr().err
+    assert not list(tmp_path.glob(".OUT*"))
+
+
+def test_a_nan_in_embeddings_that_the_head_repeats_is_no_difference_between_them(tmp_path):
+    model = save_tiny_model(tmp_path / "model", tie_word_embeddings=True)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.embed_tokens.weight"][3, 4] = float("nan")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        UnsupportedModelError, match=r"embed_tokens.weight holds NaN or Inf, first at \[3, 4\]"
+    ):
+        quantize_tiny(model, tmp_path / "OUT")
 
 
 def test_dead_channels_are_in_the_manifest_by_linear_and_number(tmp_path):

@@ -63,7 +63,9 @@ def command(
     rungs = choose_rungs([] if only is None else only.split(","), refine)
     calibration = CalibrationConfig(calib_data, n_samples, seq_len, seed)
     from atomq.ablation import Evaluation, ablate
+    from atomq.memory import give_back_large_ones
 
+    give_back_large_ones()
     console.silence_libraries()
     evaluation = Evaluation(data, second_data, max_windows, kl=not no_kl)
     with console.progress("ablate") as on_progress:

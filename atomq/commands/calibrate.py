@@ -47,7 +47,9 @@ def command(
     json_output: JsonOption = False,
 ) -> None:
     from atomq import api
+    from atomq.memory import give_back_large_ones
 
+    give_back_large_ones()
     with console.progress("calibrate") as on_progress:
         result = api.calibrate(
             model,

@@ -104,7 +104,9 @@ def command(
     from atomq.assist import assist
     from atomq.commands import checking
     from atomq.eval.verify import parse_arithmetic
+    from atomq.memory import give_back_large_ones
 
+    give_back_large_ones()
     place = pipeline.choose_device(device)
     arithmetic = None if check == "off" else parse_arithmetic(check, place, "off")
     config = CalibrationConfig(calib_data, n_samples, seq_len, seed, moe_calibrate_all)

@@ -151,7 +151,7 @@ def verify_linears(
         linears = {name: m for name, m in module.named_modules() if isinstance(m, QuantizedLinear)}
         for name, linear in linears.items():
             on_progress(len(verdicts), n_linears, prefix + name)
-            together = (linear, linear.order_owner)
+            together = (linear, linear.group_owner)
             for moved in together:
                 moved.to(device)
             verdicts.append(verify_linear(prefix + name, linear, len(verdicts), arithmetic))

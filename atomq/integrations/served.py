@@ -17,7 +17,7 @@ from atomq.formats.schema import check_values
 from atomq.kernels.linear import KernelLinear, kernel_heads
 from atomq.models.families import LinearGroup, ModelFamily
 from atomq.numerics.kv import fake_quantize_heads
-from atomq.numerics.linear import InputOrder, QuantizedLinear, linear_specs
+from atomq.numerics.linear import GroupInput, QuantizedLinear, linear_specs
 
 Tensors = Mapping[str, torch.Tensor]
 SHARED = ("perm", "clip_ratio")  # tensors of a linear group, which its first linear holds
@@ -105,8 +105,8 @@ def served_linear(tensors: Tensors, group: LinearGroup, scheme: QuantScheme, n_i
             found = list(tensors[name].shape) if name in tensors else "missing"
             raise CheckpointError(f"{group.owner}.{name} is {found}; it must be {list(shapes[name])}")
     of_group = scheme if group.transformed else dataclasses.replace(scheme, transform="none")
-    order = InputOrder(None, gathered=not group.absorbed_by) if scheme.outliers.reorder else None
-    linear = QuantizedLinear(n_in, n_out, of_group, None, order)
+    gathered = scheme.outliers.reorder and not group.absorbed_by
+    linear = QuantizedLinear(n_in, n_out, of_group, None, GroupInput(None, gathered))
     for name, tensor in tensors.items():
         linear.register_buffer(name, tensor)
     check_values(group.owner, tensors, scheme)

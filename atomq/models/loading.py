@@ -115,7 +115,9 @@ def open_float_model(
     storage_dtype = storage_dtype or embeddings.dtype or torch.float16
     if storage_dtype not in STORAGE_DTYPES:
         raise ConfigError(f"storage dtype {storage_dtype} is none of {STORAGE_DTYPES}")
+    weights = StoredWeights(source.name, stored, storage_dtype)
     if tied_head is not None and not torch.equal(tied_head.read(), embeddings.read()):
+        weights.read(f"{family.embeddings}.weight")  # no NaN is equal to itself
         raise UnsupportedModelError(
             f"{source.name}: {family.lm_head}.weight differs from the embeddings, but config.json ties them "
             f"(tie_word_embeddings); correct config.json"
@@ -125,6 +127,7 @@ def open_float_model(
         stored = rotated_tensors(stored, family, config)
         config.tie_word_embeddings = False
         model = empty_model(config, source)
+        weights = StoredWeights(source.name, stored, storage_dtype)
     make_buffers(model)
     model.config.dtype = storage_dtype
     model.config.architectures = [type(model).__name__]
@@ -132,7 +135,18 @@ def open_float_model(
     model.generation_config = _generation_config(source, config)
     model.requires_grad_(False)
     model.eval()  # type: ignore[no-untyped-call]
-    return model, StoredWeights(source.name, stored, storage_dtype)
+    return model, weights
+
+
+def check_outside_blocks(source: ModelSource) -> None:
+    """Refuse embeddings, final norm or head that cannot be stored, which a run would find at its end. (What
+    is wrong with a block is found when that is first read.)
+
+    Raises:
+        UnsupportedModelError: naming the tensor and the place; and as `open_float_model`.
+    """
+    model, weights = open_float_model(source)
+    weights.check_outside_blocks(find_family(model.config.model_type))
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:

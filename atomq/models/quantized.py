@@ -17,7 +17,7 @@ from atomq.config import FLOAT_BITS, KVScheme, QuantScheme
 from atomq.models.blocks import block_groups
 from atomq.models.families import ModelFamily
 from atomq.numerics.kv import fake_quantize_heads
-from atomq.numerics.linear import InputOrder, QuantizedLinear, SharedInput, TensorSpec
+from atomq.numerics.linear import GroupInput, QuantizedLinear, SharedInput, TensorSpec
 from atomq.numerics.scales import straight_through
 
 
@@ -36,12 +36,12 @@ def install_linears(block: nn.Module, family: ModelFamily, scheme: QuantScheme) 
         for name in group.linears:
             linear = block.get_submodule(name)
             assert isinstance(linear, nn.Linear), name
-            order = None
+            shares = None
             if scheme.outliers.reorder or scheme.activations.has_own_clips:
                 owner = None if name == group.owner else installed[group.owner]
-                order = InputOrder(owner, gathered=scheme.outliers.reorder and not group.absorbed_by)
+                shares = GroupInput(owner, gathered=scheme.outliers.reorder and not group.absorbed_by)
             installed[name] = QuantizedLinear(
-                linear.in_features, linear.out_features, of_group, linear.bias, order
+                linear.in_features, linear.out_features, of_group, linear.bias, shares
             )
             installed[name].shared = shared
             block.set_submodule(name, installed[name])

@@ -70,8 +70,8 @@ def linear_specs(n_out: int, n_in: int, scheme: QuantScheme) -> dict[str, Tensor
     return specs
 
 
-class InputOrder(NamedTuple):
-    """Where a linear finds what its group shares: the order of the input's channels, and its clip ratio.
+class GroupInput(NamedTuple):
+    """Where a linear finds what its group knows of the input: the order of its channels, and its clip ratio.
 
     Attributes:
         owner: the linear that holds `perm` and `clip_ratio`, or None if the linear itself does.
@@ -121,7 +121,7 @@ class QuantizedLinear(nn.Module):
         out_features: int,
         scheme: QuantScheme,
         bias: nn.Parameter | None,
-        order: InputOrder | None,
+        group: GroupInput | None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
@@ -130,8 +130,9 @@ class QuantizedLinear(nn.Module):
         self.learned_weight: Callable[[], torch.Tensor] | None = None
         self.shared: SharedInput | None = None  # given to the linears of a group that read one input alike
         # A tuple hides the owner from nn.Module's registry: its `perm` must appear once in the state dict.
-        self._owner = () if order is None or order.owner is None else (order.owner,)
-        self.is_gathered = order is not None and order.gathered
+        self._owner = () if group is None or group.owner is None else (group.owner,)
+        self.is_gathered = group is not None and group.gathered
+        self._clipped: tuple[torch.Tensor, QuantScheme] | None = None
         self._dense: torch.Tensor | None = None
         self.register_parameter("bias", bias)
         self.code_names = tuple(linear_specs(out_features, in_features, scheme))
@@ -143,12 +144,12 @@ class QuantizedLinear(nn.Module):
 
     def input_order(self) -> torch.Tensor:
         """int32 [in_features]: new position -> old channel, the `perm` of the group's first linear."""
-        perm = self.order_owner._buffers["perm"]
+        perm = self.group_owner._buffers["perm"]
         assert perm is not None
         return perm
 
     @property
-    def order_owner(self) -> QuantizedLinear:
+    def group_owner(self) -> QuantizedLinear:
         """The linear of the group that holds `perm` and `clip_ratio`, if there are any."""
         return self._owner[0] if self._owner else self
 
@@ -166,11 +167,17 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("clip_ratio", torch.tensor([ratio], dtype=torch.float32, device=self.device))
 
     def input_scheme(self) -> QuantScheme:
-        """The scheme with the clip ratio that its input has, which may be its group's own."""
+        """The scheme with the clip ratio that its input has, which may be its group's own.
+
+        Such a tensor is read once, since a GPU would have every forward pass wait for its number.
+        """
         if not self.scheme.activations.has_own_clips:
             return self.scheme
-        ratio = self.order_owner.get_buffer("clip_ratio").item()
-        return replace(self.scheme, activations=replace(self.scheme.activations, clip_ratio=ratio))
+        stored = self.group_owner.get_buffer("clip_ratio")
+        if self._clipped is None or self._clipped[0] is not stored:
+            activations = replace(self.scheme.activations, clip_ratio=stored.item())
+            self._clipped = (stored, replace(self.scheme, activations=activations))
+        return self._clipped[1]
 
     def set_float_weight(self, weight: torch.Tensor) -> None:
         """Compute with the float `weight` [out, in], in the order and basis of the stored input."""

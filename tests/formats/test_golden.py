@@ -21,7 +21,7 @@ from atomq.formats.files import json_bytes
 from atomq.formats.schema import quantization_config
 from atomq.formats.writer import CheckpointWriter
 from atomq.models.families import LinearGroup, ModelFamily
-from atomq.numerics.linear import InputOrder, QuantizedLinear
+from atomq.numerics.linear import GroupInput, QuantizedLinear
 from atomq.numerics.outliers import Outliers
 from atomq.numerics.weights import QuantizedWeight
 
@@ -103,8 +103,8 @@ class Attention(nn.Module):
 
 
 def empty_linears(bias: nn.Parameter | None) -> Attention:
-    q_proj = QuantizedLinear(7, 3, SCHEME, bias, InputOrder(None, gathered=True))
-    k_proj = QuantizedLinear(7, 2, SCHEME, None, InputOrder(q_proj, gathered=True))
+    q_proj = QuantizedLinear(7, 3, SCHEME, bias, GroupInput(None, gathered=True))
+    k_proj = QuantizedLinear(7, 2, SCHEME, None, GroupInput(q_proj, gathered=True))
     return Attention(q_proj, k_proj)
 
 

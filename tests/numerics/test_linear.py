@@ -8,6 +8,7 @@ nothing of `atomq`.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from typing import NamedTuple
 
@@ -16,10 +17,11 @@ import pytest
 import torch
 from numerics import naive
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from atomq.config import ActivationScheme, OutlierScheme, QuantScheme, SolverConfig, WeightScheme
 from atomq.method.gptq import rtn_quantize
-from atomq.numerics.linear import InputOrder, QuantizedLinear, SharedInput, linear_specs, transform_input
+from atomq.numerics.linear import GroupInput, QuantizedLinear, SharedInput, linear_specs, transform_input
 from atomq.numerics.weights import QuantizedWeight
 
 N_IN, N_OUT = 72, 11  # with 16 outliers and groups of 16, like 576 with 128: the last group has 8 channels
@@ -71,9 +73,9 @@ def make_linear(scheme: QuantScheme, *, bias: bool = True, gathered: bool = True
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(N_OUT, N_IN, generator=generator) * torch.linspace(0.2, 2, N_OUT)[:, None]
     values = nn.Parameter(torch.randn(N_OUT, generator=generator), requires_grad=False) if bias else None
-    order = InputOrder(None, gathered) if scheme.outliers.reorder else None
-    linear = QuantizedLinear(N_IN, N_OUT, scheme, values, order)
-    if order is not None:
+    shares = GroupInput(None, gathered) if scheme.outliers.reorder else None
+    linear = QuantizedLinear(N_IN, N_OUT, scheme, values, shares)
+    if shares is not None:
         perm = torch.randperm(N_IN, generator=generator)
         linear.set_perm(perm)
         weight = weight[:, perm]
@@ -254,7 +256,7 @@ def test_an_absorbed_order_is_stored_but_not_gathered(scheme):
 def test_a_follower_gathers_by_the_order_of_its_groups_first_linear():
     scheme = SCHEMES["atom"]
     owner = make_linear(scheme)
-    follower = QuantizedLinear(N_IN, N_OUT, scheme, owner.bias, InputOrder(owner, gathered=True))
+    follower = QuantizedLinear(N_IN, N_OUT, scheme, owner.bias, GroupInput(owner, gathered=True))
     follower.set_codes(owner.quantized_weight())
     assert "perm" not in follower.state_dict()
     assert not list(follower.children())
@@ -315,7 +317,7 @@ def test_a_quantized_linear_stays_near_the_float_linear_in_the_original_order(sc
     generator = torch.Generator().manual_seed(7)
     weight, perm = torch.randn(N_OUT, N_IN, generator=generator), torch.randperm(N_IN, generator=generator)
     bias = nn.Parameter(torch.randn(N_OUT, generator=generator), requires_grad=False)
-    linear = QuantizedLinear(N_IN, N_OUT, scheme, bias, InputOrder(None, gathered=True))
+    linear = QuantizedLinear(N_IN, N_OUT, scheme, bias, GroupInput(None, gathered=True))
     linear.set_perm(perm)
     stored = weight[:, perm]
     if scheme.transform == "hadamard":
@@ -366,7 +368,7 @@ def test_a_small_linear_is_stored_in_the_bytes_written_out_by_hand():
             [0.0, 0.0, 0.0, 0.0, 0.25, -1.75, -63.5],  # a zero group: scale 1; then 0.25
         ]
     )
-    linear = QuantizedLinear(7, 2, scheme, None, InputOrder(None, gathered=True))
+    linear = QuantizedLinear(7, 2, scheme, None, GroupInput(None, gathered=True))
     linear.set_perm(torch.tensor([6, 5, 4, 3, 2, 1, 0]))
     linear.set_codes(rtn_quantize(weight, scheme, SolverConfig(method="rtn")))
     stored = {name: tensor.numpy().tobytes().hex(" ") for name, tensor in linear.state_dict().items()}
@@ -466,7 +468,7 @@ def test_a_deep_copy_computes_the_same_and_stands_alone(scheme):
 def test_linears_of_a_group_quantize_the_input_that_they_share_once(monkeypatch):
     scheme, made = SCHEMES["atom"], []
     owner = make_linear(scheme)
-    followers = [QuantizedLinear(N_IN, N_OUT, scheme, None, InputOrder(owner, gathered=True)) for _ in "ab"]
+    followers = [QuantizedLinear(N_IN, N_OUT, scheme, None, GroupInput(owner, gathered=True)) for _ in "ab"]
     for follower in followers:
         follower.set_codes(owner.quantized_weight())
     group = [owner, *followers]
@@ -496,12 +498,48 @@ def test_linears_of_a_group_quantize_the_input_that_they_share_once(monkeypatch)
 def test_a_deep_copied_group_follows_its_own_copy_of_the_order():
     scheme = SCHEMES["atom"]
     owner = make_linear(scheme)
-    follower = QuantizedLinear(N_IN, N_OUT, scheme, None, InputOrder(owner, gathered=True))
+    follower = QuantizedLinear(N_IN, N_OUT, scheme, None, GroupInput(owner, gathered=True))
     follower.set_codes(owner.quantized_weight())
     twins = copy.deepcopy(nn.ModuleList([owner, follower]))
     twins[0].set_perm(torch.arange(N_IN))
     assert torch.equal(twins[1].input_order(), torch.arange(N_IN))
     assert not torch.equal(follower.input_order(), torch.arange(N_IN))
+
+
+class ReadNumbers(TorchDispatchMode):
+    """Counts how often a tensor's number is asked for, which a GPU would have to be waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_clip_ratio_of_its_own_is_read_once_and_again_when_it_changes():
+    activations = dataclasses.replace(SCHEMES["atom"].activations, clip_search="output")
+    scheme = dataclasses.replace(SCHEMES["atom"], activations=activations)
+    owner = make_linear(scheme)
+    follower = QuantizedLinear(N_IN, N_OUT, scheme, None, GroupInput(owner, gathered=True))
+    follower.set_codes(owner.quantized_weight())
+    owner.set_clip_ratio(0.5)
+    x = make_inputs(4, False, scheme, None)
+    group = nn.ModuleList([owner, follower])
+    for linear in group:
+        linear(x)
+    with ReadNumbers() as read:
+        half = [linear(x) for linear in group]
+    assert read.count == 0
+    moved = copy.deepcopy(group).double()
+    assert [linear.input_scheme().activations.clip_ratio for linear in moved] == [0.5, 0.5]
+    owner.set_clip_ratio(0.75)
+    assert [linear.input_scheme().activations.clip_ratio for linear in (*group, *moved)] == [
+        0.75,
+        0.75,
+        0.5,
+        0.5,
+    ]
+    assert not any(torch.equal(linear(x), before) for linear, before in zip(group, half, strict=True))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
