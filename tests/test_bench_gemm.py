@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -20,6 +21,7 @@ from atomq.eval.gemm_peers import HummingPeer
 from atomq.eval.gemm_timing import LONG_TURN, SHORT_TURN, Timing, n_copies, time_sustained, turns
 from atomq.formats.gemm_plot import draw_speedups
 from atomq.kernels.loader import ARCHITECTURES
+from atomq.kernels.variants import Variant
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 
@@ -46,6 +48,18 @@ def test_without_a_gpu_it_says_what_can_be_done_instead(capsys):
 def test_bad_input_is_refused(arguments, message, capsys):
     assert main(["bench-gemm", *arguments]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_compiled_variants_are_shown_by_kernel_and_architecture(monkeypatch, capsys):
+    built = [
+        Variant("rows", "sm_80", {"QUANTIZE": 0}, 40, 32, 0),
+        Variant("rows", "sm_80", {"QUANTIZE": 1}, 56, 32, 8),
+        Variant("rows", "sm_120", {"QUANTIZE": 0, "SHARED_BYTES": 1024}, 48, 8, 0),
+    ]
+    monkeypatch.setattr("atomq.kernels.variants.compile_variants", lambda on_progress: iter(built))
+    assert main(["bench-gemm", "--compile-only"]) == 0
+    shown = [re.findall(r"[\w-]+", line) for line in capsys.readouterr().out.splitlines() if "rows" in line]
+    assert shown == [["rows", "sm_80", "2", "40-56", "32", "0-8"], ["rows", "sm_120", "1", "48", "1032", "0"]]
 
 
 @pytest.mark.slow

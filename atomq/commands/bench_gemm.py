@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,7 @@ from atomq.errors import ConfigError
 if TYPE_CHECKING:
     from atomq.eval.gemm_bench import Result
     from atomq.eval.gemm_candidates import Candidate
+    from atomq.kernels.variants import Variant
 
 HELP = "Check the GEMM kernels against exact arithmetic, then time them beside fp16, INT8, FP8 and Humming."
 
@@ -177,15 +178,30 @@ def _compile_everything(json_output: bool) -> None:
     if json_output:
         console.print_json({"architectures": list(ARCHITECTURES), "kernels": record})
         return
-    rows = [
+    columns = ["kernel", "architecture", "variants", "registers", "shared bytes", "spilled bytes"]
+    console.print_table("kernels compiled by NVRTC; --json lists each variant", columns, _by_kernel(built))
+
+
+def _by_kernel(built: Sequence[Variant]) -> list[list[str]]:
+    """A row for each kernel and architecture: how many variants, and the range of what they take.
+
+    Shared memory with that of the launch, where a parameter says how much.
+    """
+    variants: dict[tuple[str, str], list[Variant]] = {}
+    for variant in built:
+        variants.setdefault((variant.name, variant.arch), []).append(variant)
+    return [
         [
-            f"{v.name} {json.dumps(dict(v.defines))}",
-            v.arch,
-            str(v.registers),
-            str(v.shared_bytes),
-            str(v.spill_bytes),
+            *of,
+            str(len(same)),
+            _range([v.registers for v in same]),
+            _range([v.shared_bytes + int(v.defines.get("SHARED_BYTES", 0)) for v in same]),
+            _range([v.spill_bytes for v in same]),
         ]
-        for v in built
+        for of, same in variants.items()
     ]
-    columns = ["kernel", "architecture", "registers", "shared bytes", "spilled bytes"]
-    console.print_table("kernels compiled by NVRTC", columns, rows)
+
+
+def _range(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low}-{high}"
