@@ -132,7 +132,7 @@ class QuantizedLinear(nn.Module):
         # A tuple hides the owner from nn.Module's registry: its `perm` must appear once in the state dict.
         self._owner = () if group is None or group.owner is None else (group.owner,)
         self.is_gathered = group is not None and group.gathered
-        self._clipped: tuple[torch.Tensor, QuantScheme] | None = None
+        self._clipped: tuple[torch.Tensor, int, QuantScheme] | None = None
         self._dense: torch.Tensor | None = None
         self.register_parameter("bias", bias)
         self.code_names = tuple(linear_specs(out_features, in_features, scheme))
@@ -169,15 +169,16 @@ class QuantizedLinear(nn.Module):
     def input_scheme(self) -> QuantScheme:
         """The scheme with the clip ratio that its input has, which may be its group's own.
 
-        Such a tensor is read once, since a GPU would have every forward pass wait for its number.
+        Such a tensor is read when it is new or was written to, since each reading makes a GPU wait.
         """
         if not self.scheme.activations.has_own_clips:
             return self.scheme
         stored = self.group_owner.get_buffer("clip_ratio")
-        if self._clipped is None or self._clipped[0] is not stored:
+        version = 0 if stored.is_inference() else stored._version
+        if self._clipped is None or self._clipped[0] is not stored or self._clipped[1] != version:
             activations = replace(self.scheme.activations, clip_ratio=stored.item())
-            self._clipped = (stored, replace(self.scheme, activations=activations))
-        return self._clipped[1]
+            self._clipped = (stored, version, replace(self.scheme, activations=activations))
+        return self._clipped[2]
 
     def set_float_weight(self, weight: torch.Tensor) -> None:
         """Compute with the float `weight` [out, in], in the order and basis of the stored input."""

@@ -532,6 +532,8 @@ def test_a_clip_ratio_of_its_own_is_read_once_and_again_when_it_changes():
     assert read.count == 0
     moved = copy.deepcopy(group).double()
     assert [linear.input_scheme().activations.clip_ratio for linear in moved] == [0.5, 0.5]
+    owner.clip_ratio.fill_(0.625)
+    assert [linear.input_scheme().activations.clip_ratio for linear in group] == [0.625, 0.625]
     owner.set_clip_ratio(0.75)
     assert [linear.input_scheme().activations.clip_ratio for linear in (*group, *moved)] == [
         0.75,
