@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import re
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from atomq.cli import main
 from atomq.commands import console
@@ -71,6 +73,19 @@ def test_a_terminal_shows_a_live_coloured_bar_with_time_left_memory_and_step():
     assert re.search(r"quantize ━+ 100% \d:\d\d:\d\d ETA \d:\d\d:\d\d +[\d.]+ MB ", last), last
     assert "model.layers.4.mlp [step]" in text
     assert "\n" not in text[text.index("quantize") : text.rindex("100%")].replace("\r\n", "")
+
+
+def test_the_bar_knows_the_time_left_where_a_step_takes_minutes(monkeypatch):
+    now, written = [0.0], io.StringIO()
+    bar = Console(file=written, force_terminal=True, width=100, color_system=None, get_time=lambda: now[0])
+    monkeypatch.setattr(console, "err", bar)
+    with console.progress("ablate") as on_progress:
+        for done in range(4):
+            on_progress(done, 4, "row")
+            now[0] += 100
+        now[0] -= 100
+    last = written.getvalue()[written.getvalue().rindex(" 75% ") :]
+    assert " ETA 0:01:40 " in last, last
 
 
 @pytest.mark.parametrize("extra", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])

@@ -127,6 +127,7 @@ def _live_bar(title: str) -> Iterator[OnProgress]:
         TextColumn("[dim]{task.fields[step]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
         console=err,
         transient=True,
+        speed_estimate_period=3600,  # a step may take minutes; by 30 s, which is usual, no two would be seen
     )
     task = bar.add_task(title, total=None, step="", memory="")
     last = 0.0
