@@ -157,7 +157,10 @@ def use_kernels(model: nn.Module) -> int:
         raise KernelError("the model has no quantized linears; --backend kernels runs checkpoints of atomq")
     for name, linear in linears.items():
         if linear.device.type != "cuda":
-            raise KernelError(f"{name} lies on {linear.device}; the kernels need a CUDA device")
+            raise KernelError(
+                f"{name} lies on {linear.device}; the kernels need a CUDA device: move the model to one, or "
+                "keep the simulation (--backend simulation)"
+            )
         problem = envelope_problem(linear)
         if problem:
             raise KernelError(f"{name} cannot run on the kernels: {problem}; use --backend simulation")
