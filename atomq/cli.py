@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect as inspect_module  # a command has that name, too
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -48,6 +49,11 @@ app = typer.Typer(
 # How often OpenMP's threads look for work before they sleep. Unless told, as many threads as cores look for
 # milliseconds, which makes small operations many times slower on cores that others use too.
 _SPINS = "1000"
+
+_SHORTAGE_ADVICE = (
+    "quantize --dry-run says what a run takes; --activations disk, fewer --n-samples or a shorter --seq-len "
+    "take less, and so do smaller batches of other commands"
+)
 
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 
@@ -117,13 +123,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except AtomqError as error:
-        return _fail(str(error), error.exit_code)
+        return _fail(error, str(error), error.exit_code)
     except OSError as error:
-        return _fail(f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", 1)
+        place = f"{error.filename}: " if error.filename else ""
+        return _fail(error, f"{place}{error.strerror or error}", 1)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_shortage(error):
+            raise
+        asked = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+        amount = f", {asked[1]} more were asked for" if asked else ""
+        return _fail(error, f"there is not enough memory{amount}; {_SHORTAGE_ADVICE}", 1)
     return 0
 
 
-def _fail(sentence: str, exit_code: int) -> int:
+def _is_shortage(error: BaseException) -> bool:
+    """Whether memory was refused, by whatever library: of torch's errors the one for GPUs has a name, and
+    cannot be imported here, and the one for CPUs only its words.
+    """
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error)
+
+
+def _fail(error: BaseException, sentence: str, exit_code: int) -> int:
+    """Print an error with its notes; answer the exit code."""
+    sentence = "; ".join([sentence, *getattr(error, "__notes__", ())])
     if os.environ.get("ATOMQ_DEBUG") == "1":
         traceback.print_exc()
     if exit_code != 2 or os.environ.get("RANK", "0") == "0":  # all processes see the same bad input

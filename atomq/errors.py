@@ -52,7 +52,7 @@ class VerificationError(AtomqError):
 
 
 class StorageError(AtomqError, OSError):
-    """A file that cannot be written: disk full, no permission, I/O error (exit code 1)."""
+    """A file that cannot be written, or no longer read: disk full, no permission, I/O error (exit code 1)."""
 
     exit_code = 1
 

@@ -26,6 +26,7 @@ from atomq.errors import ConfigError
 from atomq.formats.files import write_file
 from atomq.formats.journal import Hashed
 from atomq.formats.shards import ShardTensor, shard_bytes, whole
+from atomq.formats.writer import check_place
 from atomq.memory import PeakMemory, free_bytes, held_bytes
 from atomq.models.blocks import blocks_of, bytes_between_blocks, keep_first_blocks, linear_shapes
 from atomq.models.families import ModelFamily, find_family
@@ -35,6 +36,7 @@ from atomq.models.streaming import tensors_to_store
 from atomq.pipeline import tensors_outside_blocks
 from atomq.progress import OnProgress, silently
 from atomq.rotation_choice import settle_rotation
+from atomq.units import human_bytes
 
 _SMALL_FILES = 80_000  # config, manifest, index, card, reports
 
@@ -73,7 +75,7 @@ class Estimate:
             ("disk", self.disk_bytes, self.free_disk_bytes),
         )
         return [
-            f"{need / 1e9:.2f} GB of {what} are needed, {free / 1e9:.2f} GB are free"
+            f"{human_bytes(need)} of {what} are needed, {human_bytes(free)} are free"
             for what, need, free in needs
             if need is not None and free is not None and need > free
         ]
@@ -87,18 +89,20 @@ def estimate(
     on_progress: OnProgress = silently,
     calibration: CalibrationConfig | None = None,
     activations: str = "device",
+    overwrite: bool = False,
 ) -> Estimate:
     """Probe one block and estimate the run of `pipeline.quantize` with the same arguments.
 
     Writes nothing that stays.
 
     Raises:
-        ConfigError: the run cannot fit into what there is.
+        ConfigError: the run cannot fit into what there is, or may not write `out`.
         AtomqError: every other kind of bad input, as in the run itself.
     """
     began = time.perf_counter()
     calibration = calibration or CalibrationConfig()
     source = resolve_source(model_name)
+    check_place(out, overwrite=overwrite)
     with PeakMemory(device) as peak:  # of the preparations too: cutting a long text may take the most
         tokenizer = load_tokenizer(source)
         windows = cut_windows(tokenizer, calibration) if recipe.needs_calibration else None
@@ -303,6 +307,6 @@ def _refuse_hopeless(
     if free is not None and needed > free:
         where = "GPU memory" if device.type == "cuda" else "memory"
         raise ConfigError(
-            f"the run cannot fit: at least {needed / 1e9:.2f} GB of {where} are needed, "
-            f"{free / 1e9:.2f} GB are free; {_ADVICE}"
+            f"the run cannot fit: at least {human_bytes(needed)} of {where} are needed, "
+            f"{human_bytes(free)} are free; {_ADVICE}"
         )

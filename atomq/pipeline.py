@@ -32,7 +32,7 @@ from atomq.formats.calibration import CalibrationKey, read_calibration, read_fac
 from atomq.formats.card import model_card
 from atomq.formats.channel_plot import draw_channels
 from atomq.formats.checkpoint import REPORTS
-from atomq.formats.files import write_file, write_json
+from atomq.formats.files import check_writable, write_file, write_json
 from atomq.formats.schema import code_bytes, effective_bits, quantization_config
 from atomq.formats.shards import ShardTensor
 from atomq.formats.writer import CheckpointWriter
@@ -110,6 +110,8 @@ def calibrate(
     """
     place = choose_device(device)
     source = resolve_source(model_name)
+    for file in (path, *([] if picture is None else [picture])) if distributed.is_first() else ():
+        check_writable(file)
     windows = cut_windows(load_tokenizer(source), calibration)
     model, weights = open_float_model(source)
     windows.check_vocabulary(model.config.vocab_size)

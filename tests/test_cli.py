@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.control import strip_control_codes
@@ -21,7 +22,8 @@ from tiny_checkpoints import change_json, change_tensor, files_outside_reports, 
 from tiny_models import save_tiny_model
 
 import atomq
-from atomq import pipeline
+from atomq import block_loop, pipeline
+from atomq.block_quantizer import BlockQuantizer
 from atomq.cli import main
 from atomq.commands.generate import _Continuation
 from atomq.config import setting_names
@@ -715,8 +717,9 @@ def test_overwrite_never_touches_what_is_no_checkpoint(refused, tiny_dir, tmp_pa
         (place / "manifest.json").write_text('{"manifest_version": 3, "files": {}}')
     if name == "broken":
         (place / "manifest.json").write_text('{"quant_method": "atomq"')
-    words = "mine is not a checkpoint of atomq, so --overwrite does not touch it"
-    refused(words, *quantize_argv(tiny_dir, place, text_file, "--overwrite"))
+    words = "mine exists and is not a checkpoint of atomq, so --overwrite does not touch it"
+    for options in ([], ["--overwrite"], ["--dry-run"]):  # nobody is told to add what then does nothing
+        refused(words, *quantize_argv(tiny_dir, place, text_file, *options))
 
 
 def test_overwrite_never_touches_the_model(refused, model, text_file):
@@ -942,13 +945,113 @@ def test_after_a_full_disk_the_same_command_goes_on(run, made, tiny_dir, tmp_pat
         code, _, err = run(*argv)
     sentence = err.strip().splitlines()[-1]
     assert (code, out.exists()) == (1, False)
-    assert sentence.endswith(f"{name}: No space left on device")
+    assert f"{name}: No space left on device" in sentence
     begun = name not in ("job.json", "statistics.safetensors")
     if (
         name != "model-00001-of-00003.safetensors"
     ):  # written while statistics are taken: these may be kept or not
         assert out.parent.exists() == begun
+        assert sentence.endswith("what is finished is kept: the same command goes on after it") == begun
     goes_on(run, made, argv, out)
+
+
+def test_another_model_that_cannot_be_quantized_leaves_an_unfinished_run_alone(
+    refused, run, made, tiny_dir, tmp_path, monkeypatch
+):
+    out, other = tmp_path / "OUT", tmp_path / "other"
+    argv = quantize_argv(tiny_dir, out, made.parent / "text.txt")
+    with monkeypatch.context() as patch:
+        full_disk(patch, "config.json")
+        assert run(*argv)[0] == 1
+    shutil.copytree(tiny_dir, other)
+    change_json(other / "config.json", lambda config: config.update(model_type="bert"))
+    refused("bert", *quantize_argv(other, out, made.parent / "text.txt"))
+    save_tiny_model(other, vocab_size=64)
+    refused("the tokenizer is another model's", *quantize_argv(other, out, made.parent / "text.txt"))
+    (other / "tokenizer.json").unlink()
+    refused("has no tokenizer", *quantize_argv(other, out, made.parent / "text.txt"))
+    shutil.rmtree(other)
+    goes_on(run, made, argv, out)
+
+
+def test_a_model_that_cannot_be_read_for_a_while_costs_no_finished_block(
+    run, made, tiny_dir, tmp_path, monkeypatch
+):
+    out, model = tmp_path / "OUT", tmp_path / tiny_dir.name
+    shutil.copytree(tiny_dir, model)
+    argv = quantize_argv(model, out, made.parent / "text.txt")
+    enter, entered = block_loop._enter, []
+
+    def hide_and_enter(block, prefix, *rest):
+        entered.append(prefix)
+        if entered.count("model.layers.1.") == 2:  # the second time it is to be quantized
+            (model / "model.safetensors").rename(model / "hidden")
+        enter(block, prefix, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(block_loop, "_enter", hide_and_enter)
+        code, _, err = run(*argv)
+    assert code == 1
+    assert "cannot be read" in err
+    assert "what is finished is kept" in err
+    (model / "hidden").rename(model / "model.safetensors")
+    kept = list(tmp_path.glob(".OUT.partial/progress/shard-00002.json"))
+    assert len(kept) == 1
+    goes_on(run, made, argv, out)
+
+
+def refused_by_numpy() -> None:
+    np.empty(1 << 55)
+
+
+def refused_by_torch() -> None:
+    torch.empty(1 << 55)
+
+
+def refused_by_the_gpu() -> None:
+    raise torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 8 GiB"
+    )
+
+
+@pytest.mark.parametrize(
+    ("compute", "amount"),
+    [
+        (refused_by_numpy, ""),
+        (refused_by_torch, ", 144115188075855872 bytes more were asked for"),
+        (refused_by_the_gpu, ", 2.50 GiB more were asked for"),
+    ],
+)
+def test_memory_that_is_refused_ends_in_a_sentence_and_finished_blocks_stay(
+    run, made, tiny_dir, tmp_path, monkeypatch, compute, amount
+):
+    out = tmp_path / "OUT"
+    argv = quantize_argv(tiny_dir, out, made.parent / "text.txt")
+    advance = BlockQuantizer.advance
+
+    def advance_once(quantizer, within):
+        if quantizer.prefix.endswith(".1"):
+            compute()
+        advance(quantizer, within)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockQuantizer, "advance", advance_once)
+        code, _, err = run(*argv)
+    sentence = err.strip().splitlines()[-1]
+    assert code == 1
+    assert sentence.startswith(f"error: there is not enough memory{amount}; quantize --dry-run says")
+    assert sentence.endswith("what is finished is kept: the same command goes on after it")
+    assert len(list(tmp_path.glob(".OUT.partial/progress/shard-00002.json"))) == 1
+    goes_on(run, made, argv, out)
+
+
+def test_an_error_of_the_program_is_not_taken_for_a_lack_of_memory(monkeypatch, tiny_dir, tmp_path):
+    def fail(*_args, **_options):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr("atomq.pipeline.quantize", fail)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        main(["quantize", str(tiny_dir), str(tmp_path / "OUT"), "--preset", "rtn"])
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_alone(run, made, tiny_dir, out, monkeypatch):
@@ -963,10 +1066,19 @@ def test_a_full_disk_leaves_the_old_checkpoint_alone(run, made, tiny_dir, out, m
 
 
 def test_a_full_disk_leaves_no_half_statistics(refused, tiny_dir, tmp_path, text_file, monkeypatch):
-    full_disk(monkeypatch, "stats.png")  # the first of the two
     artefact = tmp_path / "new" / "stats.safetensors"
     argv = ["calibrate", tiny_dir, "-o", artefact, "--n-outliers", 5, "--calib-data", text_file, *DATA]
-    refused("cannot write", *argv, code=1)
+    with monkeypatch.context() as patch:
+        full_disk(patch, "stats.png")  # the first of the two
+        refused("cannot write", *argv, code=1)
+
+    def work(*_args):
+        raise AssertionError("statistics were gathered")
+
+    monkeypatch.setattr("atomq.pipeline.calibrate_blocks", work)
+    (tmp_path / "file").touch()
+    argv[3] = tmp_path / "file" / "stats.safetensors"
+    refused("stats.safetensors: Not a directory", *argv, code=1)
 
 
 def test_a_place_without_permission_is_a_failure_of_the_machine(

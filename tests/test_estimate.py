@@ -18,7 +18,7 @@ import atomq.estimate
 import atomq.memory
 from atomq.cli import main
 from atomq.config import CalibrationConfig
-from atomq.errors import ConfigError
+from atomq.errors import ConfigError, StorageError
 from atomq.estimate import estimate
 from atomq.memory import PeakMemory, free_bytes, give_back_large_ones, held_bytes
 from atomq.models.streaming import StoredWeights
@@ -160,14 +160,31 @@ def test_what_cannot_fit_is_refused(deep, tmp_path, monkeypatch, what):
     else:
         usage = atomq.estimate.shutil.disk_usage(tmp_path)._replace(free=100_000)
         monkeypatch.setattr(atomq.estimate.shutil, "disk_usage", lambda _place: usage)
-    with pytest.raises(ConfigError, match=rf"the run cannot fit: .* GB of {what} are needed, .* GB are free"):
+    with pytest.raises(
+        ConfigError, match=rf"the run cannot fit: [1-9].* [kM]?B of {what} are needed, [1-9].*B are free"
+    ):
         dry_run(deep, tmp_path / "OUT")
+
+
+def test_a_place_that_the_run_may_not_write_is_refused(deep, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious.txt").touch()
+    with pytest.raises(ConfigError, match="mine exists and is not a checkpoint of atomq"):
+        dry_run(deep, tmp_path / "mine", overwrite=True)
+    quantize_tiny(deep, tmp_path / "OUT", "rtn")
+    with pytest.raises(ConfigError, match="OUT exists; name another folder or add --overwrite"):
+        dry_run(deep, tmp_path / "OUT", "rtn")
+    dry_run(deep, tmp_path / "OUT", "rtn", overwrite=True)
+    with pytest.raises(StorageError, match=r"precious\.txt is no folder"):
+        estimate(str(deep), tmp_path / "mine" / "precious.txt" / "new" / "OUT", recipe_of("rtn"), CPU)
 
 
 def test_what_is_hopeless_is_refused_before_any_block_is_read(deep, tmp_path, monkeypatch):
     monkeypatch.setattr(atomq.estimate, "free_bytes", lambda: 500_000)
     monkeypatch.setattr(atomq.estimate, "_Probe", None)
-    with pytest.raises(ConfigError, match=r"the run cannot fit: at least 0\.00 GB of memory are needed"):
+    with pytest.raises(
+        ConfigError, match=r"the run cannot fit: at least [1-9].* MB of memory are needed, 500\.0 kB are free"
+    ):
         dry_run(deep, tmp_path / "OUT")
 
 

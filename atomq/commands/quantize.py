@@ -117,7 +117,7 @@ def command(
         )
     if dry_run:
         with console.progress("dry run") as on_progress:
-            found = estimate.estimate(model, out, recipe, place, on_progress, config, activations)
+            found = estimate.estimate(model, out, recipe, place, on_progress, config, activations, overwrite)
         console.note(list(found.notes))
         console.print_json(found.to_dict()) if json_output else _print_estimate(found)
         return

@@ -97,6 +97,24 @@ def write_file(path: Path, content: bytes | Iterable[bytes | memoryview]) -> Non
         raise
 
 
+def check_writable(path: Path) -> None:
+    """Refuse a `path` that `write_file` could not even begin, before what is to be written is worked out.
+
+    Raises:
+        StorageError: as `write_file`; nothing stays behind.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    new_folders = missing_folders(path.parent)
+    try:
+        make_folders(path.parent)
+        disk.close(disk.create(temporary))
+        disk.remove(temporary)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        remove_empty(new_folders)
+
+
 def _write_all(descriptor: int, content: memoryview) -> None:
     while content:
         n_written = disk.write(descriptor, content)

@@ -34,6 +34,8 @@ from atomq.formats.journal import Hashed, ShardRecord, shard_name
 from atomq.formats.schema import FORMAT_VERSION, QUANT_METHOD
 from atomq.formats.shards import ShardTensor, shard_bytes, whole
 
+KEPT = "what is finished is kept: the same command goes on after it"
+
 
 class CheckpointWriter:
     """Writes a checkpoint beside its final place and moves it there when `publish` is called.
@@ -57,8 +59,9 @@ class CheckpointWriter:
         self._previous = self.out.parent / f".{self.out.name}.previous"
         self.folder = self._place / "checkpoint"
         self.progress = self._place / "progress"
-        self._refuse_existing()
+        check_place(out, overwrite=overwrite)
         self._new_folders = missing_folders(self.out.parent)
+        self._begun = False
         self.n_shards = 0
         self._records: dict[int, ShardRecord] = {}
 
@@ -69,7 +72,9 @@ class CheckpointWriter:
             self._lock = _lock_folder(self._place)
             if self._previous.exists() and not self.out.exists():  # killed between the renames of `publish`
                 move_into_place(self._previous, self.out)
-            self._refuse_existing()  # another process may have published it meanwhile
+            check_place(
+                self.out, overwrite=self._overwrite
+            )  # another process may have published it meanwhile
         except BlockingIOError as error:
             raise ConfigError(
                 f"another process is writing {self.out}; wait for it, or name another folder"
@@ -84,7 +89,10 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._leave(useless=isinstance(error, UnsupportedModelError))
+        # A model that breaks a run must change; one that never became a run says nothing of what is here.
+        kept = self._leave(useless=self._begun and isinstance(error, UnsupportedModelError))
+        if error is not None and kept and self._begun:
+            error.add_note(KEPT)
 
     def earlier_job(self) -> dict[str, Any] | None:
         """The job of the unfinished run that `begin` would go on with, if it is the same one."""
@@ -111,6 +119,7 @@ class CheckpointWriter:
                 remove_tree(leftover)
         if found is None:
             write_json(self.progress / journal.JOB, dict(job))
+        self._begun = True
 
     @property
     def statistics(self) -> Path:
@@ -196,8 +205,9 @@ class CheckpointWriter:
         except OSError as error:
             raise StorageError(f"cannot write {folder}: {error.strerror or error}") from error
 
-    def _leave(self, *, useless: bool = False) -> None:
-        """Remove what no later process could use, or all if it is `useless`, and let go of the lock.
+    def _leave(self, *, useless: bool = False) -> bool:
+        """Remove what no later process could use, or all if it is `useless`, and let go of the lock. Answer
+        whether something is kept.
 
         What is outside the blocks is written so fast that it alone is not worth keeping.
         """
@@ -214,17 +224,28 @@ class CheckpointWriter:
                 os.close(self._lock)
         if not self.out.exists():
             remove_empty([] if kept else [self._place, *self._new_folders])
+        return kept
 
-    def _refuse_existing(self) -> None:
-        if not self.out.exists():
-            return
-        if not self._overwrite:
-            raise ConfigError(f"{self.out} exists; name another folder or add --overwrite")
-        if not self.out.is_dir() or (any(self.out.iterdir()) and not has_manifest(self.out)):
-            raise ConfigError(
-                f"{self.out} is not a checkpoint of atomq, so --overwrite does not touch it; "
-                f"remove it yourself"
-            )
+
+def check_place(out: Path, *, overwrite: bool) -> None:
+    """Refuse a place where no checkpoint can be written, before any work; nothing is written here.
+
+    Raises:
+        ConfigError: `out` exists and `overwrite` is not set, or it holds something other than a checkpoint.
+        StorageError: a file is where `out` needs a folder.
+    """
+    if not out.exists():
+        place = next(place for place in out.absolute().parents if place.exists())
+        if not place.is_dir():
+            raise StorageError(f"cannot write {out}: {place} is no folder; name another place")
+        return
+    if not out.is_dir() or (any(out.iterdir()) and not has_manifest(out)):
+        raise ConfigError(
+            f"{out} exists and is not a checkpoint of atomq, so --overwrite does not touch it; "
+            f"name another folder, or remove it yourself"
+        )
+    if not overwrite:
+        raise ConfigError(f"{out} exists; name another folder or add --overwrite")
 
 
 def _lock_folder(folder: Path) -> int:

@@ -163,7 +163,8 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         return gguf_tokenizer(read_gguf(source.path))
     if not any((source.path / name).is_file() for name in _TOKENIZER_FILES):
         raise UnsupportedModelError(
-            f"{source.name} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is there"
+            f"{source.name} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is there; "
+            f"fetch them beside the weights"
         )
     whole = (source.path / "tokenizer.json").is_file()
     try:

@@ -114,10 +114,13 @@ def weight_files(source: ModelSource) -> list[Path]:
     if single.is_file():
         return [single]
     if not (source.path / _INDEX).is_file():
-        raise UnsupportedModelError(
-            f"{source.name} has neither model.safetensors nor {_INDEX}; "
-            f"atomq reads weights from safetensors only, so convert others with save_pretrained first"
+        files = sorted(path.name for path in source.path.glob("*.safetensors"))
+        advice = (
+            f"{files[0]} alone does not say what else belongs to the model: fetch its index, too"
+            if files
+            else "atomq reads weights from safetensors only, so convert others with save_pretrained first"
         )
+        raise UnsupportedModelError(f"{source.name} has neither model.safetensors nor {_INDEX}; {advice}")
     weight_map = _read_json(source.path / _INDEX, source).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UnsupportedModelError(f"{source.name}: {_INDEX} has no weight_map")

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from atomq.errors import UnsupportedModelError
+from atomq.errors import StorageError, UnsupportedModelError
 
 _FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -72,7 +72,9 @@ def _stored(path: Path, name: str, type_name: str, shape: tuple[int, ...]) -> St
         try:
             with safe_open(path, framework="pt") as file:
                 tensor: torch.Tensor = file.get_slice(name)[begin:end]
-        except (SafetensorError, OSError) as error:
+        except OSError as error:  # its header was read: the disk or the network is to blame
+            raise StorageError(f"{path}: {name} cannot be read ({error})") from error
+        except SafetensorError as error:
             raise UnsupportedModelError(f"{path.name}: {name} cannot be read ({error})") from error
         return tensor
 

@@ -210,7 +210,7 @@ def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path, monkeypatch, pl
 
 def test_a_place_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match=r"cannot write .*file/\.OUT\.partial: Not a directory"):
+    with pytest.raises(StorageError, match=r"cannot write .*file/OUT: .*file is no folder"):
         write_small(tmp_path / "file" / "OUT")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -246,7 +246,7 @@ def test_a_failing_rename_brings_the_old_checkpoint_back(small, monkeypatch, err
 def test_a_folder_with_a_manifest_of_something_else_is_never_replaced(tmp_path, content):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "manifest.json").write_text(content)
-    with pytest.raises(ConfigError, match="mine is not a checkpoint of atomq"):
+    with pytest.raises(ConfigError, match="mine exists and is not a checkpoint of atomq"):
         CheckpointWriter(tmp_path / "mine", overwrite=True)
 
 

@@ -134,6 +134,14 @@ def test_a_broken_config_is_refused(folder, content, words):
         resolve_source(str(folder))
 
 
+def test_shards_without_their_index_are_told_what_is_missing(folder):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    with pytest.raises(
+        UnsupportedModelError, match=r"model-00001-of-00002\.safetensors alone .* fetch its index"
+    ):
+        resolve_source(str(folder))
+
+
 def test_pickled_weights_are_no_weights(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(UnsupportedModelError, match=r"has neither model\.safetensors nor .*save_pretrained"):
