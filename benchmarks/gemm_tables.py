@@ -64,6 +64,27 @@ def _least_bytes(n_channels: int, n_inputs: int, n_tokens: int) -> float:
     return n_channels * weights + n_tokens * n_inputs + 2 * n_tokens * n_channels
 
 
+def few_token_table(record: dict[str, Any]) -> str:
+    """Microseconds by tile for few tokens, the one that was chosen until then in bold."""
+    columns = {
+        "1x2 two": "one panel, two CTAs an SM",
+        "1x2": "one panel",
+        "2x2": "two panels",
+        "3x2": "three panels",
+        "fp16": "torch fp16",
+    }
+    lines = [f"| N x K | scales | M | {' | '.join(columns.values())} |", "| --- " * (len(columns) + 3) + "|"]
+    for cell in record["cells"]:
+        us = {}
+        for variant in cell["variants"]:
+            name, landed, _ = variant["tile"].partition(" (landed)")
+            us[name] = f"**{variant['us']:.1f}**" if landed else f"{variant['us']:.1f}"
+        scales = "progressive" if "progressive" in cell["mode"] else "exact"
+        shown = " | ".join(us.get(name, "") for name in columns)
+        lines.append(f"| {cell['n']}x{cell['k']} | {scales} | {cell['tokens']} | {shown} |")
+    return "\n".join(lines)
+
+
 def quantize_table(record: dict[str, Any]) -> str:
     """`quantize_act`; one line that says so where the record has none."""
     if not record.get("quantize"):

@@ -72,21 +72,25 @@ def choose_tile(
     spilling.
     """
     token_base = progressive if token_base is None else token_base
+    promotes_once = progressive and token_base
+    n_records = n_panels * n_slots
     if n_tokens <= 64:
         # Two teams hide the time from a stage's arrival to its promotion. One panel for each CTA where that
-        # makes no more tiles than there are SMs.
+        # makes no more tiles than there are SMs; two of long rows, and sooner where a team waits for every
+        # slot's sums, as with progressive scales. Two CTAs share an SM where launches are very short: on
+        # larger weights the second disturbs the first.
         tokens = max(8, 1 << (n_tokens - 1).bit_length())
-        n_warpgroups = 1 if n_panels <= FEW_PANELS else 2
-        is_full = tokens == 64 and n_warpgroups == 2
-        ctas_per_sm = 2 if tokens <= 16 and n_warpgroups == 1 else 1
-        if is_full and group_size == 64 and not (progressive and token_base):  # two teams would spill
-            return Tile(tokens, tokens, n_warpgroups, row_blocks=1, consumer_registers=0)
-        registers = 104 if is_full else 0
-        return Tile(tokens, tokens, n_warpgroups, 1, registers, k_teams=2, ctas_per_sm=ctas_per_sm)
+        spills = tokens == 64 and group_size == 64 and not promotes_once  # two teams of two panels
+        few_panels = FEW_PANELS // 2 if promotes_once else FEW_PANELS
+        if n_panels <= few_panels and (spills or n_records < MANY_RECORDS):
+            ctas_per_sm = 2 if tokens <= 16 and n_records < FEW_RECORDS else 1
+            return Tile(tokens, tokens, 1, 1, consumer_registers=0, k_teams=2, ctas_per_sm=ctas_per_sm)
+        if spills:
+            return Tile(tokens, tokens, 2, 1, consumer_registers=0)
+        return Tile(tokens, tokens, 2, 1, consumer_registers=104 if tokens == 64 else 0, k_teams=2)
     chunk = 32 if group_size == 64 and not token_base else 64
-    if progressive and token_base:
+    if promotes_once:
         chunk = 128
-    n_records = n_panels * n_slots
     if n_tokens <= 128:
         # Two panels for each warpgroup make fewer tiles: whole ones, where there are enough for the machine.
         # With exact scales two teams of one warpgroup hide each other's promotion.

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks.gemm_tables import limits_table, tuning_table
+from benchmarks.gemm_tables import few_token_table, limits_table, tuning_table
 from benchmarks.kernel_docs import PAGE, RESULTS, TABLES, fill
 
 
@@ -52,3 +52,14 @@ def test_a_step_says_what_it_brought():
     case = {"case": "8192x8192 M=1", "before_us": 17.0, "after_us": 15.06}
     record = {"steps": [{"step": "overlap", "expected": "2 us", "cases": [case]}]}
     assert tuning_table(record).splitlines()[2] == "| overlap | 2 us | 8192x8192 M=1 17.0 -> 15.1 |"
+
+
+def test_the_tile_that_was_chosen_stands_out():
+    variants = [
+        {"tile": "1x2 two (landed)", "us": 44.04},
+        {"tile": "2x2", "us": 33.5},
+        {"tile": "4x1", "us": 39.0},
+    ]
+    cell = {"n": 8192, "k": 28672, "mode": "w4a4-progressive", "tokens": 16, "variants": variants}
+    row = few_token_table({"cells": [cell]}).splitlines()[2]
+    assert row == "| 8192x28672 | progressive | 16 | **44.0** |  | 33.5 |  |  |"

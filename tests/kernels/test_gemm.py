@@ -42,6 +42,7 @@ TILES = [
     Tile(256, 64, 2, 1, 232),
     Tile(256, 32, 2, 1, 232),
     Tile(8, 8, 1, 1, 0, 2, 2),
+    Tile(16, 16, 1, 1, 0, 2),
     Tile(16, 16, 2, 1, 0, 2),
     Tile(32, 32, 1, 1, 0, 2),
     Tile(64, 64, 2, 1, 104, 2),
@@ -119,6 +120,24 @@ def test_128_tokens_of_a_large_weight_go_by_its_panels():
 
 
 @pytest.mark.parametrize(
+    ("shape", "progressive", "cut"),
+    [  # panels and slots of a weight -> warpgroups, CTAs of an SM
+        ((448, 65), False, (2, 1)),  # 28672 x 8192
+        ((128, 225), False, (2, 1)),  # 8192 x 28672
+        ((128, 65), False, (1, 1)),  # 8192 x 8192
+        ((128, 65), True, (2, 1)),
+        ((64, 87), False, (1, 1)),  # 4096 x 11008
+        ((64, 87), True, (1, 1)),
+        ((64, 33), False, (1, 2)),  # 4096 x 4096
+    ],
+)
+def test_few_tokens_go_by_panels_and_records(shape, progressive, cut):
+    for n_tokens in (1, 16):
+        tile = gemm.choose_tile(n_tokens, 128, progressive, n_panels=shape[0], n_slots=shape[1])
+        assert (tile.n_warpgroups, tile.ctas_per_sm, tile.k_teams, tile.row_blocks) == (*cut, 2, 1)
+
+
+@pytest.mark.parametrize(
     ("n_tokens", "tokens", "chunk"),
     [
         (129, 160, 32),
@@ -162,7 +181,7 @@ def test_hopper_templates_compile_to_wgmma_without_spills(group_size, scale_byte
                 out_dtype=out_dtype,
             )
             for n_tokens in (8, 16, 32, 64, 128, 160, 192, 1000)
-            for n_panels in (1, 448)
+            for n_panels in (1, 128, 448)
         }
         for tile in tiles:
             defines = gemm.sm90_defines(tile, group_size, scale_bytes, token_base, out_dtype)
