@@ -51,8 +51,8 @@ PASSES = [[1, 2, 4, 8, 16, 32, 64], [128, 256, 1024, 4096]]
 QUANTIZE_TOKENS, QUANTIZE_CHANNELS = 4096, (4096, 28672)
 
 
-def measure(path: Path, commit: str, from_tokens: int) -> dict[str, Any]:
-    """Run the passes of `from_tokens` and more; what the record has of fewer tokens stays.
+def measure(path: Path, commit: str, from_tokens: int, to_tokens: int) -> dict[str, Any]:
+    """Run the passes of `from_tokens` to `to_tokens`; what the record has of other tokens stays.
 
     The record is written after every shape, results go to stderr as they come. Its "runs" say which commit
     measured which numbers of tokens; the rest of its head is that of the last run.
@@ -60,7 +60,7 @@ def measure(path: Path, commit: str, from_tokens: int) -> dict[str, Any]:
     Raises:
         ValueError: what stays was measured on another GPU.
     """
-    passes = [tokens for tokens in PASSES if tokens[0] >= from_tokens]
+    passes = [tokens for tokens in PASSES if tokens[0] >= from_tokens and tokens[-1] <= to_tokens]
     now_measured = [n for tokens in passes for n in tokens]
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else NOTHING
     runs, results = without(earlier, now_measured, torch.cuda.get_device_name())
@@ -156,11 +156,12 @@ def main() -> None:
     parser.add_argument("--save", type=Path)
     parser.add_argument("--table", type=Path)
     parser.add_argument("--commit", default="")
-    starts = [tokens[0] for tokens in PASSES]  # the passes to run begin at one
+    starts, ends = ([tokens[i] for tokens in PASSES] for i in (0, -1))  # of the passes to run
     parser.add_argument("--from-tokens", type=int, choices=starts, default=starts[0])
+    parser.add_argument("--to-tokens", type=int, choices=ends, default=ends[-1])
     options = parser.parse_args()
     if options.save:
-        measure(options.save, options.commit, options.from_tokens)
+        measure(options.save, options.commit, options.from_tokens, options.to_tokens)
     if options.table or options.save:
         record = json.loads((options.table or options.save).read_text(encoding="utf-8"))
         sys.stdout.write("\n\n".join((table(record), quantize_table(record), check_goals(record))) + "\n")
