@@ -40,13 +40,7 @@ from atomq.memory import PeakMemory
 from atomq.models.blocks import linear_shapes
 from atomq.models.experts import ExpertRouting
 from atomq.models.families import LinearShape, ModelFamily, find_family
-from atomq.models.loading import (
-    check_outside_blocks,
-    companions,
-    is_local_path,
-    load_tokenizer,
-    open_float_model,
-)
+from atomq.models.loading import companions, is_local_path, load_tokenizer, open_float_model
 from atomq.models.quantized import head_dim_of
 from atomq.models.source import resolve_source, source_hash
 from atomq.models.streaming import StoredWeights, tensors_to_store
@@ -191,16 +185,20 @@ def quantize(
     ):
         tokenizer = load_tokenizer(source)  # needed in the checkpoint, whatever the recipe
         windows = cut_windows(tokenizer, calibration) if recipe.needs_calibration else None
-        check_outside_blocks(source)
+        model, weights = open_float_model(source)
+        family = find_family(model.config.model_type)
+        background.run(weights.check_outside_blocks, family)
+        if recipe.solver.rotation == "auto":  # which computes
+            background.wait()
         settling = time.perf_counter()
         recipe, choice = settle_rotation(source, recipe, windows, place, on_progress, writer.earlier_job())
         settled = time.perf_counter()
         windows = windows if recipe.needs_calibration else None
-        model, weights = open_float_model(source, rotation=recipe.solver.rotation)
+        if recipe.solver.rotation == "fused":
+            model, weights = open_float_model(source, rotation="fused")
         if windows is not None:
             windows.check_vocabulary(model.config.vocab_size)
             windows.check_variety()
-        family = find_family(model.config.model_type)
         shapes = linear_shapes(model, family)
         check_widths(model, family, recipe.scheme)
         model_hash = source_hash(source)
@@ -211,6 +209,7 @@ def quantize(
             _check_statistics(calibration_file, statistics, family, shapes)
         facts_of_text = None if windows is None else window_facts(windows, calibration)
         job = job_facts(source, model_hash, recipe, facts_of_text, place, choice)
+        background.wait()
         writer.begin(job, n_shards=model.config.num_hidden_layers + 1)
         routing = expert_routing(family, calibration)
         if writer.facts_of(1) is None:

@@ -11,6 +11,7 @@ import torch
 from atomq.config import FLOAT_BITS, QuantScheme, from_dict, to_dict
 from atomq.errors import CheckpointError, ConfigError
 from atomq.models.families import LinearGroup, LinearShape, ModelFamily
+from atomq.numerics.finite import is_finite
 from atomq.numerics.linear import TensorSpec, linear_specs
 
 QUANT_METHOD = "atomq"
@@ -154,10 +155,9 @@ def wrong_values(name: str, tensors: Mapping[str, torch.Tensor], scheme: QuantSc
     positive = ("positive and finite", lambda t: t.isfinite() & (t > 0))
     rules |= dict.fromkeys(("scales", "scale_base", "outlier_scales"), positive)
     rules["clip_ratio"] = ("above 0 and at most 1", lambda t: (t > 0) & (t <= 1))
-    finite = ("finite", lambda t: (t.float() if t.itemsize == 1 else t).isfinite())  # FP8 has no isfinite
     for suffix, tensor in sorted(tensors.items()):
-        rule, holds = rules.get(suffix, finite)
-        if suffix in rules or tensor.is_floating_point():
+        rule, holds = rules.get(suffix, ("finite", _finite))
+        if suffix in rules or (tensor.is_floating_point() and not is_finite(tensor)):
             right = holds(tensor)
             if not bool(right.all()):
                 place = (~right).nonzero()[0].tolist()
@@ -166,6 +166,10 @@ def wrong_values(name: str, tensors: Mapping[str, torch.Tensor], scheme: QuantSc
                     f"{name}.{suffix} holds values that are not {rule}, first {value:g} in row {place[0]} "
                     f"of {len(tensor)}"
                 )
+
+
+def _finite(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.float() if tensor.itemsize == 1 else tensor).isfinite()  # FP8 has none
 
 
 def _occur_once(perm: torch.Tensor) -> torch.Tensor:

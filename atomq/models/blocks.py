@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from atomq.errors import AtomqError, StorageError
 from atomq.models.families import LinearGroup, LinearShape, ModelFamily
 from atomq.numerics.activations import compute_dtype
+from atomq.numerics.finite import is_finite
 from atomq.numerics.products import half_products, waiting_dtype
 
 TOKENS_PER_BATCH = 8192
@@ -56,7 +57,7 @@ class BlockInputs:
         """Pass one of `batches` through `block`, as `run` does with all."""
         with torch.inference_mode(), half_products(self.device):
             result = self.output(block, batch)
-            if not bool(torch.isfinite(result).all()):
+            if not is_finite(result):
                 raise self._not_finite(block, batch, name)
             batch.copy_(result)
 
@@ -71,7 +72,7 @@ class BlockInputs:
 
         def look(module: str, output: object) -> None:
             value = output[0] if isinstance(output, tuple) else output
-            if not found and isinstance(value, torch.Tensor) and not bool(torch.isfinite(value).all()):
+            if not found and isinstance(value, torch.Tensor) and not is_finite(value):
                 bad = (~torch.isfinite(value)).reshape(-1, value.shape[-1]).any(0)
                 found.append((module, int(bad.nonzero()[0])))
 

@@ -138,17 +138,6 @@ def open_float_model(
     return model, weights
 
 
-def check_outside_blocks(source: ModelSource) -> None:
-    """Refuse embeddings, final norm or head that cannot be stored, which a run would find at its end. (What
-    is wrong with a block is found when that is first read.)
-
-    Raises:
-        UnsupportedModelError: naming the tensor and the place; and as `open_float_model`.
-    """
-    model, weights = open_float_model(source)
-    weights.check_outside_blocks(find_family(model.config.model_type))
-
-
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """Load the tokenizer.
 

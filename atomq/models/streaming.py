@@ -16,6 +16,7 @@ from atomq.errors import UnsupportedModelError
 from atomq.memory import give_back
 from atomq.models.families import ModelFamily
 from atomq.models.weights import StoredTensor
+from atomq.numerics.finite import is_finite
 
 PIECE_BYTES = 8 << 20  # of a large tensor, read and written piece by piece
 
@@ -64,7 +65,8 @@ class StoredWeights:
             _set_parameter(module, name, self.read(prefix + name, device))
 
     def check_outside_blocks(self, family: ModelFamily) -> None:
-        """Look at every value of embeddings, final norm and head, a piece in memory at a time.
+        """Look at every value of embeddings, final norm and head, a piece in memory at a time. A run reads
+        them last; what is wrong with a block is found when that is first read.
 
         Raises:
             UnsupportedModelError: as `read` does.
@@ -104,13 +106,13 @@ class StoredWeights:
 
     def _rounded(self, name: str, first_row: int, values: torch.Tensor) -> torch.Tensor:
         rounded = values.to(self.dtype).float()
-        if not _is_finite(rounded):
+        if not is_finite(rounded):
             self._check(name, first_row, values)
         return rounded if rounded is not values else values.clone()
 
     def _check(self, name: str, first_row: int, values: torch.Tensor) -> None:
         """Refuse rows of the tensor `name` from `first_row` on that cannot be stored."""
-        if not _is_finite(values):
+        if not is_finite(values):
             place = (~values.isfinite()).nonzero()[0].tolist()
             place[0] += first_row
             raise UnsupportedModelError(
@@ -122,11 +124,6 @@ class StoredWeights:
                 f"{self.name}: {name} reaches {largest.item():.3g}, beyond the range of {self.dtype}, "
                 f"in which it would be stored; give the model as safetensors in bfloat16 or float32"
             )
-
-
-def _is_finite(values: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite, by two numbers: a tenth of the time that asking each one takes."""
-    return bool(torch.stack(values.aminmax()).isfinite().all())
 
 
 def tensors_to_store(module: nn.Module, prefix: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 
+from atomq.numerics.finite import is_finite
+
 _ROWS = 4096  # factor columns that are solved for at a time
 
 
@@ -90,7 +92,7 @@ def inverse_factor(matrix: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor
         None if the matrix is not positive definite, or the factor not finite.
     """
     lower, failed = torch.linalg.cholesky_ex(_turned(matrix, diagonal))
-    if int(failed) or not bool(torch.isfinite(lower.diagonal()).all()):
+    if int(failed) or not is_finite(lower.diagonal()):
         return None
     width = len(matrix)
     factor = torch.zeros_like(matrix, memory_format=torch.contiguous_format)
@@ -100,7 +102,7 @@ def inverse_factor(matrix: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor
         unit.diagonal().fill_(1.0)
         columns = torch.linalg.solve_triangular(lower[start:, start:], unit, upper=False)
         factor[: width - start, width - end : width - start] = columns.flip(0, 1)
-    return factor if bool(torch.isfinite(factor).all()) else None
+    return factor if is_finite(factor) else None
 
 
 def _turned(matrix: torch.Tensor, diagonal: torch.Tensor) -> torch.Tensor:
