@@ -55,6 +55,8 @@ _SHORTAGE_ADVICE = (
     "take less, and so do smaller batches of other commands"
 )
 
+_WORDS_OF_SHORTAGE = ("can't allocate memory", "out of memory", "status_alloc_failed")
+
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 
 
@@ -138,10 +140,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _is_shortage(error: BaseException) -> bool:
     """Whether memory was refused, by whatever library: of torch's errors the one for GPUs has a name, and
-    cannot be imported here, and the one for CPUs only its words.
+    cannot be imported here, those for CPUs and of CUDA's libraries only their words.
     """
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or "can't allocate memory" in str(error)
+    return named or any(words in str(error).lower() for words in _WORDS_OF_SHORTAGE)
 
 
 def _fail(error: BaseException, sentence: str, exit_code: int) -> int:

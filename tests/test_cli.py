@@ -974,8 +974,9 @@ def test_another_model_that_cannot_be_quantized_leaves_an_unfinished_run_alone(
     goes_on(run, made, argv, out)
 
 
+@pytest.mark.parametrize("replaced", [False, True])
 def test_a_model_that_cannot_be_read_for_a_while_costs_no_finished_block(
-    run, made, tiny_dir, tmp_path, monkeypatch
+    run, made, tiny_dir, tmp_path, monkeypatch, replaced
 ):
     out, model = tmp_path / "OUT", tmp_path / tiny_dir.name
     shutil.copytree(tiny_dir, model)
@@ -986,13 +987,15 @@ def test_a_model_that_cannot_be_read_for_a_while_costs_no_finished_block(
         entered.append(prefix)
         if entered.count("model.layers.1.") == 2:  # the second time it is to be quantized
             (model / "model.safetensors").rename(model / "hidden")
+            if replaced:  # as while it is being fetched again
+                (model / "model.safetensors").write_bytes(b"\x00" * 100)
         enter(block, prefix, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(block_loop, "_enter", hide_and_enter)
         code, _, err = run(*argv)
     assert code == 1
-    assert "cannot be read" in err
+    assert "cannot be read any more" in err
     assert "what is finished is kept" in err
     (model / "hidden").rename(model / "model.safetensors")
     kept = list(tmp_path.glob(".OUT.partial/progress/shard-00002.json"))
@@ -1008,6 +1011,12 @@ def refused_by_torch() -> None:
     torch.empty(1 << 55)
 
 
+def refused_by_a_library_of_cuda() -> None:
+    raise RuntimeError(
+        "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"
+    )
+
+
 def refused_by_the_gpu() -> None:
     raise torch.OutOfMemoryError(
         "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 8 GiB"
@@ -1019,6 +1028,7 @@ def refused_by_the_gpu() -> None:
     [
         (refused_by_numpy, ""),
         (refused_by_torch, ", 144115188075855872 bytes more were asked for"),
+        (refused_by_a_library_of_cuda, ""),
         (refused_by_the_gpu, ", 2.50 GiB more were asked for"),
     ],
 )

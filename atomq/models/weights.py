@@ -72,10 +72,8 @@ def _stored(path: Path, name: str, type_name: str, shape: tuple[int, ...]) -> St
         try:
             with safe_open(path, framework="pt") as file:
                 tensor: torch.Tensor = file.get_slice(name)[begin:end]
-        except OSError as error:  # its header was read: the disk or the network is to blame
-            raise StorageError(f"{path}: {name} cannot be read ({error})") from error
-        except SafetensorError as error:
-            raise UnsupportedModelError(f"{path.name}: {name} cannot be read ({error})") from error
+        except (SafetensorError, OSError) as error:  # its header could be read: the file is not what it was
+            raise StorageError(f"{path}: {name} cannot be read any more ({error})") from error
         return tensor
 
     return StoredTensor(shape, dtype, read_rows)
