@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from tiny_checkpoints import quantize_tiny, rehash
 from tiny_gguf import write_tiny_gguf
@@ -134,9 +135,26 @@ def spoil_json(content: bytes, rng: random.Random) -> bytes:
     return json.dumps(value, ensure_ascii=rng.random() < 0.9).encode("utf-8", "surrogatepass")
 
 
+def spoil_number(content: bytes, length: int, rng: random.Random) -> bytes:
+    """Put zero, minus one, an infinity or NaN into a tensor, or a large number if it has integers."""
+    with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        header = json.loads(content[8 : 8 + length])
+        entry = header[rng.choice(sorted(header.keys() - {"__metadata__"}))]
+        begin, end = entry["data_offsets"]
+        value = rng.choice((0.0, -1.0, np.inf, -np.inf, np.nan))
+        single = np.float32(value).tobytes()
+        number = {"F32": single, "BF16": single[2:], "F16": np.float16(value).tobytes()}
+        put = number.get(entry["dtype"], b"\x7f")
+        at = 8 + length + begin + len(put) * rng.randrange((end - begin) // len(put))
+        return content[:at] + put + content[at + len(put) :]
+    return spoil_bytes(content, rng, len(content))
+
+
 def spoil_safetensors(content: bytes, rng: random.Random) -> bytes:
     """Spoil the header, its length or the data."""
     length = int.from_bytes(content[:8], "little")
+    if rng.random() < 0.2:
+        return spoil_number(content, length, rng)
     if rng.random() < 0.4:
         return spoil_bytes(content, rng, 8 + length)
     header = spoil_json(content[8 : 8 + length], rng)
@@ -305,6 +323,14 @@ def untouched(folder: Path) -> None:
             raise WrongLoad(f"{name} was altered, and nobody noticed")
 
 
+def sound(folder: Path) -> None:
+    """With values checked no number is none, and no scale loses a weight."""
+    for name, tensor in all_tensors(folder).items():
+        values = tensor.double().numpy() if tensor.is_floating_point() else np.zeros(0)
+        if not np.isfinite(values).all() or (name.endswith("scales") and (values <= 0).any()):
+            raise WrongLoad(f"{name} has values that cannot be, and nobody noticed")
+
+
 def open_headers(folder: Path, rng: random.Random) -> None:
     check_hashes = rehash_perhaps(folder, rng)
     headers = open_checkpoint(folder, check_hashes=check_hashes).headers
@@ -314,7 +340,9 @@ def open_headers(folder: Path, rng: random.Random) -> None:
     if check_hashes:
         untouched(folder)
     if rng.random() < 0.5:
-        describe(folder, check=False)
+        describe(folder, check=check_hashes)
+        if check_hashes:
+            sound(folder)
 
 
 def open_directly(folder: Path, rng: random.Random) -> None:
