@@ -112,6 +112,8 @@ def calibrate(
     windows.check_variety()
     family = find_family(model.config.model_type)
     check_widths(model, family, QuantScheme(outliers=outliers))
+    if distributed.is_first():
+        weights.check_outside_blocks(family)
     routing = expert_routing(family, calibration)
     with distributed.processes(place):
         statistics = calibrate_blocks(model, windows.token_ids, place, on_progress, routing, weights)

@@ -64,6 +64,15 @@ def test_outside_of_the_blocks_it_is_named_before_any_work(
     assert not list(tmp_path.glob(".OUT*"))
 
 
+def test_calibrate_does_not_work_for_a_model_that_quantize_would_refuse(tmp_path, text_file, capsys):
+    model = save_tiny_model(tmp_path / "model", tie_word_embeddings=False)
+    change_weight(model, "lm_head.weight", lambda weight: weight[3, 4:].fill_(float("inf")))
+    text = ["--calib-data", str(text_file), "--n-samples", "4", "--seq-len", "32", "--n-outliers", "5"]
+    assert main(["calibrate", str(model), "-o", str(tmp_path / "s.safetensors"), *text]) == 2
+    assert "lm_head.weight holds NaN or Inf, first at [3, 4]; the file is broken" in capsys.readouterr().err
+    assert not (tmp_path / "s.safetensors").exists()
+
+
 def test_a_nan_in_embeddings_that_the_head_repeats_is_no_difference_between_them(tmp_path):
     model = save_tiny_model(tmp_path / "model", tie_word_embeddings=True)
     tensors = load_file(model / "model.safetensors")
