@@ -1170,7 +1170,11 @@ def test_other_inputs_are_refused_until_a_restart_is_asked_for(
     sentence = refused("an unfinished run for", *argv)
     assert "recipe.scheme.kv.n_bits was 8 and is 4" in sentence
     assert sentence.endswith("or --restart to throw it away")
-    goes_on(run, made, [*argv, "--restart"], out)
+    with monkeypatch.context() as patch:
+        full_disk(patch, "config.json")
+        sentence = run(*argv, "--restart")[2].strip().splitlines()[-1]
+    assert sentence.endswith("what is finished is kept: the same command without --restart goes on after it")
+    goes_on(run, made, argv, out)
 
 
 def test_activations_may_be_kept_on_the_disk(run, refused, made, tiny_dir, tmp_path):

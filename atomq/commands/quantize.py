@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -192,4 +193,4 @@ def _print_summary(path: Path, summary: dict[str, Any], proof: str) -> None:
     if "exported" in summary:
         console.print_line(f"Exported to {summary['exported']}")
     console.print_line(f"Look at it: {path / 'reports' / 'report.html'}")
-    console.print_line(f"Measure it: atomq eval-ppl {path} --baseline MODEL")
+    console.print_line(f"Measure it: atomq eval-ppl {shlex.quote(str(path))} --baseline MODEL")

@@ -26,7 +26,7 @@ from atomq.formats.checkpoint import (
     read_tensors,
 )
 from atomq.formats.files import write_file, write_json
-from atomq.formats.writer import CheckpointWriter
+from atomq.formats.writer import CheckpointWriter, check_place
 from atomq.models.blocks import linear_shapes
 from atomq.models.families import PUBLISHED_NAMES, LinearShape, find_family
 from atomq.models.loading import empty_model, load_config
@@ -97,7 +97,7 @@ def check_export(
     source = resolve_source(model_name)
     model = empty_model(load_config(source), source)
     bind_format(format_name, scheme, linear_shapes(model, find_family(model.config.model_type)))
-    CheckpointWriter(dest, overwrite=overwrite)  # looks, and writes nothing yet
+    check_place(dest, overwrite=overwrite)
 
 
 def export(
@@ -120,7 +120,7 @@ def export(
     bound = bind_format(format_name, opened.scheme, linear_shapes(opened.model, opened.family))
     manifest = read_manifest(checkpoint)
     notes = bound.notes()
-    with CheckpointWriter(dest, overwrite=overwrite, restart=True) as writer:
+    with CheckpointWriter(dest, overwrite=overwrite, resumable=False) as writer:
         n_blocks = opened.model.config.num_hidden_layers
         writer.begin({"exported_as": format_name}, n_shards=n_blocks + 1)
         outside = {name for name in opened.headers if not name.startswith(f"{opened.family.blocks}.")}

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from atomq.errors import ConfigError, StorageError, UnsupportedModelError
+from atomq.errors import AtomqError, ConfigError, StorageError, UnsupportedModelError
 from atomq.formats import journal
 from atomq.formats.checkpoint import INDEX, MANIFEST, has_manifest, open_shard
 from atomq.formats.files import (
@@ -34,14 +34,14 @@ from atomq.formats.journal import Hashed, ShardRecord, shard_name
 from atomq.formats.schema import FORMAT_VERSION, QUANT_METHOD
 from atomq.formats.shards import ShardTensor, shard_bytes, whole
 
-KEPT = "what is finished is kept: the same command goes on after it"
+KEPT = "what is finished is kept: the same command{change} goes on after it"
 
 
 class CheckpointWriter:
     """Writes a checkpoint beside its final place and moves it there when `publish` is called.
 
     Used as a context manager: leaving it without `publish` keeps what `begin` could go on with, and leaves
-    nothing if that is nothing.
+    nothing if that is nothing. A writer that is not `resumable` neither keeps anything nor goes on.
 
     Attributes:
         folder: where the files of the checkpoint are written.
@@ -52,9 +52,9 @@ class CheckpointWriter:
         StorageError: a file or folder cannot be written.
     """
 
-    def __init__(self, out: Path, *, overwrite: bool, restart: bool = False) -> None:
+    def __init__(self, out: Path, *, overwrite: bool, restart: bool = False, resumable: bool = True) -> None:
         self.out = out.resolve() if out.is_symlink() else out
-        self._overwrite, self._restart = overwrite, restart
+        self._overwrite, self._restart, self._resumable = overwrite, restart or not resumable, resumable
         self._place = self.out.parent / f".{self.out.name}.partial"
         self._previous = self.out.parent / f".{self.out.name}.previous"
         self.folder = self._place / "checkpoint"
@@ -91,8 +91,9 @@ class CheckpointWriter:
     ) -> None:
         # A model that breaks a run must change; one that never became a run says nothing of what is here.
         kept = self._leave(useless=self._begun and isinstance(error, UnsupportedModelError))
-        if error is not None and kept and self._begun:
-            error.add_note(KEPT)
+        is_bad_input = isinstance(error, AtomqError) and error.exit_code == 2  # and would be again
+        if error is not None and kept and self._begun and not is_bad_input:
+            error.add_note(KEPT.format(change=" without --restart" if self._restart else ""))
 
     def earlier_job(self) -> dict[str, Any] | None:
         """The job of the unfinished run that `begin` would go on with, if it is the same one."""
@@ -214,7 +215,7 @@ class CheckpointWriter:
         chosen = journal.CHOICE in (journal.read_job(self.progress) or ())
         records, first = self.progress.glob("shard-*"), journal.record_name(1)
         worthy = chosen or any(path.name != first for path in records)
-        kept = not useless and self.folder.exists() and worthy
+        kept = self._resumable and not useless and self.folder.exists() and worthy
         try:
             if self._lock >= 0 and not kept:
                 with contextlib.suppress(StorageError):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 
 import pytest
 import torch
-from tiny_checkpoints import quantize_tiny, stored_tensors
+from tiny_checkpoints import change_tensor, quantize_tiny, stored_tensors
 from tiny_models import save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -15,6 +18,7 @@ from atomq.checkpoints import open_checkpoint
 from atomq.cli import main
 from atomq.export.stored import read_blocks
 from atomq.formats.checkpoint import check_files, read_manifest
+from atomq.formats.files import Disk
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +80,32 @@ def test_what_a_killed_export_left_behind_is_not_taken_over(checkpoint, tmp_path
     assert main(["export", str(checkpoint), str(tmp_path / "DEST"), "--format", "hf"]) == 0
     assert check_files(tmp_path / "DEST", hashes=True)
     assert [path.name for path in tmp_path.iterdir()] == ["DEST"]
+
+
+@pytest.mark.parametrize("trouble", ["a scale of zero", "a full disk"])
+def test_an_export_that_fails_half_way_leaves_nothing_and_promises_nothing(
+    checkpoint, tmp_path, capsys, monkeypatch, trouble
+):
+    folder, dest = tmp_path / "OUT", tmp_path / "DEST"
+    shutil.copytree(checkpoint, folder)
+    if trouble == "a scale of zero":
+        change_tensor(folder, "model.layers.1.mlp.up_proj.scales", torch.zeros_like)
+    else:
+        create = Disk.create
+
+        def refuse(disk, path):
+            if path.name == "model-00003-of-00003.safetensors.tmp":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return create(disk, path)
+
+        monkeypatch.setattr(Disk, "create", refuse)
+    code = main(["export", str(folder), str(dest), "--format", "hf"])
+    sentence = capsys.readouterr().err.strip().splitlines()[-1]
+    if trouble == "a scale of zero":
+        assert (code, sentence.endswith("row 0 of 40; the file is broken")) == (2, True), sentence
+    else:
+        assert (code, sentence.endswith("No space left on device")) == (1, True), sentence
+    assert [path.name for path in tmp_path.iterdir()] == ["OUT"]
 
 
 def test_an_export_replaces_an_export_only_if_told_to(checkpoint, tmp_path, capsys):
