@@ -145,7 +145,7 @@ def spoil_number(content: bytes, length: int, rng: random.Random) -> bytes:
         single = np.float32(value).tobytes()
         number = {"F32": single, "BF16": single[2:], "F16": np.float16(value).tobytes()}
         put = number.get(entry["dtype"], b"\x7f")
-        at = 8 + length + begin + len(put) * rng.randrange((end - begin) // len(put))
+        at = 8 + length + begin + len(put) * rng.randrange(int(end - begin) // len(put))
         return content[:at] + put + content[at + len(put) :]
     return spoil_bytes(content, rng, len(content))
 
