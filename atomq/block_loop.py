@@ -160,7 +160,7 @@ def quantize_blocks(
             )
         inputs = first_inputs(model, family, own_ids, device, weights, scratch)
     reference = inputs.copy(scratch) if inputs is not None and recipe.solver.needs_reference else None
-    model.set_attn_implementation(attention_for(scheme.kv, model.config))
+    model.set_attn_implementation(attention_for(model.config))
     blocks = blocks_of(model, family)
     named = model.config.dtype  # what the weights are stored in; a model made in memory may not say
     storage_dtype = named if isinstance(named, torch.dtype) else torch.float32

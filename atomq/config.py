@@ -134,8 +134,8 @@ class KVScheme:
         key_position: where K is quantized: "before_rope" (after the k norm, where there is one) or
             "after_rope".
         rotation: "hadamard": K and V of each head are coded after `transform_blocks`, undone on reading.
-        key_offset: each channel's mean over the calibration text is taken off K before it is coded and added
-            back on reading; before RoPE only.
+        key_offset: each channel's mean over the calibration text, before RoPE, is taken off K before it is
+            coded and added back on reading; K that is coded after RoPE gets it back turned as K itself is.
     """
 
     n_bits: int = FLOAT_BITS
@@ -146,11 +146,6 @@ class KVScheme:
 
     def __post_init__(self) -> None:
         check_fields("kv", self)
-        if self.has_key_offset and self.key_position != "before_rope":
-            raise ConfigError(
-                "kv.key_offset is taken off K before RoPE; set kv.key_offset=false, or "
-                "kv.key_position=before_rope"
-            )
         check_bits("kv.n_bits", self.n_bits)
         check_ratio("kv.clip_ratio", self.clip_ratio)
 

@@ -122,7 +122,7 @@ class AtomqQuantizer(HfQuantizer):
                     for suffix in linear.code_names
                     if own[f"{name}.{suffix}"].dtypes[0].is_floating_point
                 }
-        model.set_attn_implementation(attention_for(scheme.kv, model.config))
+        model.set_attn_implementation(attention_for(model.config))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> PreTrainedModel:
         for name, tensor in read_tensors(self._folder, self._exact):

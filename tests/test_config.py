@@ -410,7 +410,6 @@ def test_a_float_cache_has_no_key_offset_whatever_the_preset_says():
 @pytest.mark.parametrize(
     ("assignments", "reason"),
     [
-        ({"kv.key_position": "after_rope"}, "kv.key_offset is taken off K before RoPE"),
         ({"weights.n_bits": 16}, "kv.key_offset is measured while codes are solved"),
         ({"solver.method": "rtn"}, "set all three to 0, or solver.method=gptq"),
     ],

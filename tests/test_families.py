@@ -59,7 +59,7 @@ def float_model(kind: str) -> nn.Module:
     """
     model = make_tiny_model(kind)
     unfuse_experts(model, family_of(model))
-    model.set_attn_implementation(attention_for(KVScheme(), model.config))
+    model.set_attn_implementation(attention_for(model.config))
     for name, parameter in model.named_parameters():
         if "q_norm" in name or "k_norm" in name or ".post_" in name:
             parameter[3] = parameter[4]
@@ -197,7 +197,7 @@ def test_one_token_steps_with_a_cache_give_the_logits_of_the_full_forward(kind, 
 def test_capped_scores_are_those_of_transformers():
     model = make_tiny_model("gemma2")
     logits = []
-    for attention in ("eager", attention_for(KVScheme(), model.config)):
+    for attention in ("eager", attention_for(model.config)):
         model.set_attn_implementation(attention)
         logits.append(model(TOKENS).logits)
     assert torch.allclose(*logits, rtol=1e-4, atol=1e-4)

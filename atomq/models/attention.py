@@ -1,44 +1,80 @@
-"""The attention implementations that atomq adds to transformers, and which one a model needs."""
+"""What atomq adds to the attention of transformers: capped scores, and RoPE of K taken apart."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from atomq.config import FLOAT_BITS, KVScheme
+from atomq.errors import UnsupportedModelError
 
-ATTENTION_AFTER_ROPE = "atomq_key_after_rope"
 ATTENTION_CAPPED = "atomq_capped_scores"
 
+Turns = tuple[torch.Tensor, torch.Tensor]  # cosines and sines [batch, tokens, channels that turn]
 
-def attention_for(kv: KVScheme, config: Any) -> str:
-    """The attention implementation that `kv` and a model with `config` need."""
-    if kv.n_bits < FLOAT_BITS and kv.key_position == "after_rope":
-        return ATTENTION_AFTER_ROPE
+
+def attention_for(config: Any) -> str:
+    """The attention implementation that a model with `config` needs."""
     return "sdpa" if getattr(config, "attn_logit_softcapping", None) is None else ATTENTION_CAPPED
 
 
-def _attend(
+def turn(attention: nn.Module, keys: torch.Tensor, turns: Turns | None) -> torch.Tensor:
+    """RoPE as `attention` applies it, on heads [batch, tokens, n_heads, head_dim], in their dtype.
+
+    Heads of an attention without RoPE (OPT's, and the layers without of SmolLM3) come back as they are.
+    """
+    rotate = _rope_of(attention)
+    if rotate is None:
+        return keys
+    cosine, sine = _of_tokens(attention, keys, turns)
+    turned: torch.Tensor = rotate(keys, keys, cosine, sine, unsqueeze_dim=2)[1]
+    return turned
+
+
+def inverse_turn(attention: nn.Module, keys: torch.Tensor, turns: Turns | None) -> torch.Tensor:
+    """What `turn` made `keys` of, also where cosines and sines are rounded or scaled (YaRN)."""
+    rotate = _rope_of(attention)
+    if rotate is None:
+        return keys
+    cosine, sine = _of_tokens(attention, keys, turns)
+    back: torch.Tensor = rotate(keys, keys, cosine, -sine, unsqueeze_dim=2)[1]
+    lengths = (cosine.square() + sine.square()).unsqueeze(2)
+    n_turned = lengths.shape[-1]
+    return torch.cat((back[..., :n_turned] / lengths, back[..., n_turned:]), dim=-1)
+
+
+def _rope_of(attention: nn.Module) -> Any:
+    """The function of the model's own module that applies RoPE, or None if this attention applies none."""
+    if not getattr(attention, "use_rope", True):
+        return None
+    return getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+
+
+def _of_tokens(attention: nn.Module, keys: torch.Tensor, turns: Turns | None) -> Turns:
+    if turns is None:
+        raise UnsupportedModelError(
+            f"{type(attention).__name__} was called without position_embeddings, by which K is coded after "
+            "RoPE; quantize with --set kv.key_position=before_rope"
+        )
+    cosine, sine = turns
+    return cosine.to(keys.dtype), sine.to(keys.dtype)
+
+
+def _attend_capped(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *args: Any,
-    softcap: float | None = None,
+    softcap: float,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """SDPA, or what it cannot do: scores s capped to softcap * tanh(s / softcap), as Gemma 2 has them."""
-    if softcap is None:
-        plain: tuple[torch.Tensor, torch.Tensor | None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, *args, **kwargs
-        )
-        return plain
+    """Attention with scores s capped to softcap * tanh(s / softcap), as Gemma 2 has them."""
     n_shared = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(n_shared, 1), value.repeat_interleave(n_shared, 1)
     scores = softcap * torch.tanh(query @ key.mT * (kwargs["scaling"] / softcap))  # (batch, heads, T, S)
@@ -51,19 +87,5 @@ def _attend(
     return (weights @ value).transpose(1, 2).contiguous(), None
 
 
-def _attend_after_rope(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention on keys [batch, heads, tokens, head_dim] as the cache gives them back; a float copy of a
-    block has no quantizer.
-    """
-    quantizer: Any = getattr(module, "atomq_kv", None)
-    if quantizer is not None:
-        key = quantizer.quantize(key, quantizer.scheme, None)
-    return _attend(module, query, key, *args, **kwargs)
-
-
-AttentionInterface.register(ATTENTION_AFTER_ROPE, _attend_after_rope)
-AttentionMaskInterface.register(ATTENTION_AFTER_ROPE, sdpa_mask)
-AttentionInterface.register(ATTENTION_CAPPED, _attend)
+AttentionInterface.register(ATTENTION_CAPPED, _attend_capped)
 AttentionMaskInterface.register(ATTENTION_CAPPED, sdpa_mask)

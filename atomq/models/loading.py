@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from atomq.config import KVScheme, ResidualRotation
+from atomq.config import ResidualRotation
 from atomq.errors import ConfigError, StorageError, UnsupportedModelError
 from atomq.models.attention import attention_for
 from atomq.models.experts import unfuse_experts
@@ -226,7 +226,7 @@ def empty_model(config: PreTrainedConfig, source: ModelSource) -> PreTrainedMode
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, attn_implementation=attention_for(KVScheme(), config)
+                config, attn_implementation=attention_for(config)
             )
     except (*CONFIG_ERRORS, RuntimeError, AssertionError) as error:
         raise UnsupportedModelError(

@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from atomq.config import FLOAT_BITS, KVScheme, QuantScheme
+from atomq.models.attention import inverse_turn, turn
 from atomq.models.blocks import block_groups
 from atomq.models.families import ModelFamily
+from atomq.numerics.activations import compute_dtype
 from atomq.numerics.kv import fake_quantize_heads
 from atomq.numerics.linear import GroupInput, QuantizedLinear, SharedInput, TensorSpec
 from atomq.numerics.scales import straight_through
@@ -95,6 +97,9 @@ QuantizeHeads = Callable[[torch.Tensor, KVScheme, torch.Tensor | None], torch.Te
 class KVQuantizer:
     """Forward hooks that give K or V back as the quantized cache would.
 
+    K is given back before RoPE, where the model goes on with it: coded after RoPE, it is turned, coded and
+    turned back, which is the same to the rounding of the turns.
+
     Attributes:
         quantize: what computes heads; torch's unless kernels take its place.
     """
@@ -103,11 +108,30 @@ class KVQuantizer:
         """`attention` has the buffer `key_offset` if the scheme does."""
         self.scheme, self.head_dim, self.attention = scheme, head_dim, attention
         self.quantize: QuantizeHeads = fake_quantize_heads
+        self._turns: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def on_attention(self, _module: nn.Module, _inputs: tuple[Any, ...], arguments: dict[str, Any]) -> None:
+        """Cosines and sines [batch, tokens, channels that turn] of the tokens that are read now."""
+        self._turns = arguments.get("position_embeddings")
 
     def on_key(self, _module: nn.Module, _inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        """K of the module that makes it, or of the k norm, before RoPE."""
+        """K of the module that makes it, or of the k norm."""
         heads = output.reshape(*output.shape[:-1], -1, self.head_dim) if output.ndim < 4 else output
-        return self.quantize(heads, self.scheme, self.key_offset()).reshape(output.shape)
+        return self.quantize_keys(heads).reshape(output.shape)
+
+    def quantize_keys(self, keys: torch.Tensor) -> torch.Tensor:
+        """K [batch, tokens, n_heads, head_dim] before RoPE as the cache gives it back."""
+        offset = self.key_offset()
+        if self.scheme.key_position == "before_rope":
+            return self.quantize(keys, self.scheme, offset)
+        x = keys.to(compute_dtype(keys.dtype))
+        if offset is not None:
+            x = x - offset.to(x.dtype)
+        turned = self.quantize(turn(self.attention, x, self._turns), self.scheme, None)
+        x = inverse_turn(self.attention, turned, self._turns)
+        if offset is not None:
+            x = x + offset.to(x.dtype)
+        return x.to(keys.dtype)
 
     def on_value(self, _module: nn.Module, _inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         """V of the module that makes it."""
@@ -115,13 +139,12 @@ class KVQuantizer:
         return self.quantize(heads, self.scheme, None).reshape(output.shape)
 
     def on_fused(self, _module: nn.Module, _inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        """K before RoPE (unless it is coded after) and V of the module that makes Q, K and V."""
+        """K and V of the module that makes Q, K and V."""
         n_queries, n_keys = head_counts(self.attention)
         heads = output.reshape(*output.shape[:-1], -1, self.head_dim)
         n_before_values = n_queries + n_keys
         queries, keys = heads[..., :n_queries, :], heads[..., n_queries:n_before_values, :]
-        if self.scheme.key_position == "before_rope":
-            keys = self.quantize(keys, self.scheme, self.key_offset())
+        keys = self.quantize_keys(keys)
         values = self.quantize(heads[..., n_before_values:, :], self.scheme, None)
         return torch.cat((queries, keys, values), dim=-2).reshape(output.shape)
 
@@ -143,8 +166,7 @@ def straight_through_heads(
 def install_kv_quantizer(block: nn.Module, family: ModelFamily, kv: KVScheme, head_dim: int) -> None:
     """Make `block` compute with K and V as the quantized cache gives them back.
 
-    V, and K before RoPE, are quantized by hooks on the modules that make them. K after RoPE needs the model's
-    attention to be the one that `models.attention` names. The block's attention keeps the quantizer as
+    Both are quantized by hooks on the modules that make them. The block's attention keeps the quantizer as
     `atomq_kv`, and gets the buffer `key_offset`, of zeros, if the scheme has it.
     """
     if kv.n_bits == FLOAT_BITS:
@@ -159,8 +181,9 @@ def install_kv_quantizer(block: nn.Module, family: ModelFamily, kv: KVScheme, he
         block.get_submodule(family.value).register_forward_hook(quantizer.on_fused)
     else:
         block.get_submodule(family.value).register_forward_hook(quantizer.on_value)
-        if kv.key_position == "before_rope":
-            block.get_submodule(family.key).register_forward_hook(quantizer.on_key)
+        block.get_submodule(family.key).register_forward_hook(quantizer.on_key)
+    if kv.key_position == "after_rope":
+        attention.register_forward_pre_hook(quantizer.on_attention, with_kwargs=True)
     attention.atomq_kv = quantizer
 
 

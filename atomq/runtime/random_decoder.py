@@ -59,14 +59,11 @@ SHAPES: dict[str, DecoderShape] = {
 
 
 def cache_scheme(key_position: KeyPosition | None = None) -> KVScheme:
-    """What the default preset stores of K and V; with `key_position`, K coded there.
-
-    Before RoPE it is coded less an offset.
-    """
+    """What the default preset stores of K and V; with `key_position`, K coded there."""
     kv = find_preset(DEFAULT_PRESET).scheme.kv
     if key_position is None:
         return kv
-    return replace(kv, key_position=key_position, key_offset=key_position == "before_rope")
+    return replace(kv, key_position=key_position)
 
 
 def cache_layout(shape: DecoderShape, scheme: Scheme, kv: KVScheme) -> PageFormat:
@@ -95,7 +92,7 @@ def random_decoder(
     kv = cache_scheme(key_position)
     layout = cache_layout(shape, scheme, kv)
     offset = None
-    if layout.key_mode and kv.has_key_offset:
+    if kv.has_key_offset:
         offset = torch.randn(shape.n_kv_heads, shape.head_dim, device=device)
     heads = HeadParameters.of(
         _rotary(shape.head_dim, max_positions, device), shape.head_dim**-0.5, key_offset=offset

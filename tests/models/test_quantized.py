@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch import nn
 from transformers import Gemma2Config, LlamaConfig
 
 from atomq.config import ActivationScheme, KVScheme, OutlierScheme, QuantScheme, WeightScheme
-from atomq.models.attention import ATTENTION_AFTER_ROPE, ATTENTION_CAPPED, attention_for
+from atomq.errors import UnsupportedModelError
+from atomq.models.attention import ATTENTION_CAPPED, attention_for, inverse_turn, turn
 from atomq.models.families import find_family
 from atomq.models.quantized import head_dim_of, install_kv_quantizer, install_linears
 from atomq.numerics.kv import fake_quantize_heads
@@ -26,6 +28,8 @@ KV_SCHEMES = {
     "after-rope-turned-clipped": KVScheme(
         n_bits=3, clip_ratio=0.9, key_position="after_rope", rotation="hadamard"
     ),
+    "before-rope-offset": KVScheme(n_bits=3, rotation="hadamard", key_offset=True),
+    "after-rope-offset": KVScheme(n_bits=3, key_position="after_rope", rotation="hadamard", key_offset=True),
 }
 
 
@@ -49,10 +53,11 @@ def attention_by_hand(attention, hidden, positions, kv: KVScheme | None, key_pos
     value = heads(attention.v_proj)
     if kv is not None:
         value = fake_quantize_heads(value, kv)
+        offset = offset_of(kv, n_kv, head_dim).to(key)
         if key_position == "before_rope":
-            key = turned(fake_quantize_heads(key, kv))
-        else:
-            key = fake_quantize_heads(turned(key), kv)
+            key = turned(fake_quantize_heads(key - offset, kv) + offset)
+        else:  # the offset turns with the position
+            key = fake_quantize_heads(turned(key - offset), kv) + turned(offset.expand(key.shape))
     else:
         key = turned(key)
     output = torch.zeros(*hidden.shape[:2], n_heads, head_dim, dtype=hidden.dtype)
@@ -65,6 +70,13 @@ def attention_by_hand(attention, hidden, positions, kv: KVScheme | None, key_pos
     return attention.o_proj(output.flatten(2))
 
 
+def offset_of(kv: KVScheme, n_heads: int, head_dim: int) -> torch.Tensor:
+    """What stands in the blocks of these tests as the mean of K, [n_heads, head_dim]."""
+    if not kv.key_offset:
+        return torch.zeros(n_heads, head_dim)
+    return torch.randn(n_heads, head_dim, generator=torch.Generator().manual_seed(5))
+
+
 def make_attention(kind: str):
     """A float64 model, its first block, hidden states [2, 9, 48] and their position embeddings."""
     model = make_tiny_model(kind).double()
@@ -74,8 +86,12 @@ def make_attention(kind: str):
 
 
 def attend(model, block, kv: KVScheme, hidden, positions):
-    install_kv_quantizer(block, find_family(model.config.model_type), kv, head_dim_of(model.config))
-    model.set_attn_implementation(attention_for(kv, model.config))
+    head_dim = head_dim_of(model.config)
+    install_kv_quantizer(block, find_family(model.config.model_type), kv, head_dim)
+    if kv.key_offset:
+        offset = offset_of(kv, model.config.num_key_value_heads, head_dim)
+        block.self_attn.register_buffer("key_offset", offset.flatten())
+    model.set_attn_implementation(attention_for(model.config))
     return block.self_attn(hidden, position_embeddings=positions, attention_mask=None)[0]
 
 
@@ -132,7 +148,7 @@ def test_padded_batches_give_what_their_rows_give_alone(kv):
     model = make_tiny_model("llama").double()
     for block in model.model.layers:
         install_kv_quantizer(block, find_family("llama"), kv, 12)
-    model.set_attn_implementation(attention_for(kv, model.config))
+    model.set_attn_implementation(attention_for(model.config))
     tokens = torch.arange(2, 12)[None]
     padded = torch.cat((torch.zeros(1, 4, dtype=torch.long), tokens), dim=1)
     mask = (torch.arange(14) >= 4).long()[None]
@@ -142,13 +158,54 @@ def test_padded_batches_give_what_their_rows_give_alone(kv):
     assert torch.allclose(logits[:, 4:], alone, atol=1e-5)
 
 
-def test_the_attention_of_a_scheme_is_named():
-    plain, capped = LlamaConfig(), Gemma2Config(attn_logit_softcapping=50.0)
-    assert attention_for(KVScheme(), plain) == attention_for(KVScheme(n_bits=4), plain) == "sdpa"
-    assert attention_for(KVScheme(key_position="after_rope"), plain) == "sdpa"
-    assert attention_for(KVScheme(), capped) == attention_for(KVScheme(n_bits=4), capped) == ATTENTION_CAPPED
-    for config in (plain, capped):
-        assert attention_for(KVScheme(n_bits=4, key_position="after_rope"), config) == ATTENTION_AFTER_ROPE
+def test_the_attention_of_a_model_is_named():
+    assert attention_for(LlamaConfig()) == "sdpa"
+    assert attention_for(Gemma2Config(attn_logit_softcapping=50.0)) == ATTENTION_CAPPED
+
+
+def turned_by_hand(heads, cosine, sine, n_turned):
+    """Channel i and its partner half a turn on, [batch, tokens, n_heads, head_dim], in float64 loops."""
+    out = heads.double().clone()
+    half = n_turned // 2
+    for batch, token, head, i in itertools.product(*(range(n) for n in heads.shape[:3]), range(half)):
+        low, high = (heads[batch, token, head, j].double() for j in (i, i + half))
+        c, s = cosine[0, token, i].double(), sine[0, token, i].double()
+        out[batch, token, head, i], out[batch, token, head, i + half] = low * c - high * s, high * c + low * s
+    return out
+
+
+@pytest.mark.parametrize(("kind", "n_turned"), [("llama", 12), ("phi3", 12), ("gemma2", 16), ("opt", 0)])
+@pytest.mark.parametrize("length", [1.0, 1.3])
+def test_a_turn_is_the_models_and_its_inverse_takes_it_back(kind, n_turned, length):
+    """With cosines and sines as long as YaRN makes them, and rounded to bfloat16."""
+    model = make_tiny_model(kind)
+    attention = next(m for name, m in model.named_modules() if name.endswith("self_attn"))
+    keys = torch.randn(2, 5, 2, head_dim_of(model.config), generator=torch.Generator().manual_seed(0))
+    turns = None
+    if n_turned:
+        angles = torch.arange(5)[:, None] * torch.logspace(0, -2, n_turned // 2).repeat(2)
+        turns = tuple((length * f(angles)).bfloat16()[None] for f in (torch.cos, torch.sin))
+    turned = turn(attention, keys, turns)
+    expected = turned_by_hand(keys, *turns, n_turned) if n_turned else keys
+    assert torch.allclose(turned.double(), expected.double(), atol=1e-5)
+    assert torch.allclose(inverse_turn(attention, turned, turns), keys, atol=1e-5)
+
+
+def test_a_layer_without_rope_is_not_turned():
+    attention = make_tiny_model("smollm3").model.layers[0].self_attn
+    attention.use_rope = False
+    keys = torch.randn(1, 3, 2, 12, generator=torch.Generator().manual_seed(0))
+    turns = (torch.zeros(1, 3, 12), torch.ones(1, 3, 12))
+    assert torch.equal(turn(attention, keys, turns), keys)
+    assert torch.equal(inverse_turn(attention, keys, turns), keys)
+
+
+def test_an_attention_that_is_not_told_the_turns_is_refused():
+    _, block, hidden, _ = make_attention("llama")
+    install_kv_quantizer(block, find_family("llama"), KVScheme(n_bits=4, key_position="after_rope"), 12)
+    refusal = r"without position_embeddings.*kv\.key_position=before_rope"
+    with pytest.raises(UnsupportedModelError, match=refusal):
+        block.self_attn.k_proj(hidden)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def quantized(settings=PLAIN, kind="llama", **sizes):
     model = make_tiny_model(kind, **{**SIZES, **sizes})
     recipe = override(find_preset("atom"), settings)
     quantize_blocks(model, recipe, torch.device("cpu"), lambda *_: None, TOKENS)
-    model.set_attn_implementation(attention_for(recipe.scheme.kv, model.config))
+    model.set_attn_implementation(attention_for(model.config))
     return model
 
 
