@@ -140,7 +140,8 @@ class BlockQuantizer:
         total = torch.zeros(n_keys * head_dim, dtype=torch.float64, device=inputs.device)
 
         def add(_module: nn.Module, _args: tuple[Any, ...], output: torch.Tensor) -> None:
-            keys = output.flatten(0, 1).flatten(1)[:, first : first + len(total)]
+            by_token = output.transpose(1, 2) if self.family.has_keys_by_head else output
+            keys = by_token.flatten(0, 1).flatten(1)[:, first : first + len(total)]
             total.add_(keys.sum(0, dtype=torch.float64))
             raise InputSeen
 

@@ -36,7 +36,10 @@ NEW_KINDS = sorted(FAMILY_MODELS.keys() - TINY_MODELS.keys())  # the others are 
 REORDERED = OutlierScheme(8, reorder=True)
 EIGHT_BITS = Recipe(
     QuantScheme(
-        WeightScheme(8, group_size=16), ActivationScheme(8, group_size=16), REORDERED, KVScheme(n_bits=8)
+        WeightScheme(8, group_size=16),
+        ActivationScheme(8, group_size=16),
+        REORDERED,
+        KVScheme(n_bits=8, key_offset=True),
     )
 )
 FULL_PRECISION = {"mlp.shared_expert_gate"}  # routers beside those that are no linears
@@ -192,6 +195,24 @@ def test_one_token_steps_with_a_cache_give_the_logits_of_the_full_forward(kind, 
             cache = output.past_key_values
             steps.append(output.logits)
     assert relative_error(torch.cat(steps, 1), full) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "olmo2", "gemma3"])
+def test_the_key_offset_is_the_mean_of_k_wherever_its_norm_lies(kind):
+    model = float_model(kind)
+    block, family = blocks_of(model, family_of(model))[0], family_of(model)
+    inputs = capture_block_inputs(model, family, TOKENS, CPU)
+    attention, n_heads = block.self_attn, model.config.num_key_value_heads
+    normed = block.input_layernorm(inputs.hidden) if hasattr(block, "input_layernorm") else inputs.hidden
+    keys = attention.k_proj(normed)
+    if kind == "olmo2":
+        keys = attention.k_norm(keys)
+    keys = keys.unflatten(-1, (n_heads, -1))
+    if kind in ("qwen3", "gemma3"):
+        keys = attention.k_norm(keys)
+    expected = keys.double().mean((0, 1)).flatten()
+    quantize_blocks(model, EIGHT_BITS, CPU, quiet, TOKENS)
+    assert torch.allclose(attention.key_offset.double(), expected, rtol=2**-8, atol=1e-4)
 
 
 def test_capped_scores_are_those_of_transformers():

@@ -41,6 +41,7 @@ _ROPE_LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+_OPT = {"ffn_dim": 80, "pad_token_id": 0, "num_key_value_heads": 4}  # it has no grouped queries
 # The other families, and variants whose blocks differ; tests/test_families.py takes each all the way.
 FAMILY_MODELS = TINY_MODELS | {
     "llama-3.1": ("LlamaConfig", {"rope_parameters": _ROPE_LLAMA3}),
@@ -77,11 +78,11 @@ FAMILY_MODELS = TINY_MODELS | {
     ),
     "opt": (
         "OPTConfig",
-        {"ffn_dim": 80, "word_embed_proj_dim": 48, "pad_token_id": 0, "tie_word_embeddings": True},
+        _OPT | {"word_embed_proj_dim": 48, "tie_word_embeddings": True},
     ),
     "opt-350m": (
         "OPTConfig",
-        {"ffn_dim": 80, "word_embed_proj_dim": 32, "pad_token_id": 0, "do_layer_norm_before": False},
+        _OPT | {"word_embed_proj_dim": 32, "do_layer_norm_before": False},
     ),
 }
 

@@ -70,6 +70,13 @@ class ModelFamily:
     lm_head: str = "lm_head"
 
     @property
+    def has_keys_by_head(self) -> bool:
+        """Whether `key` puts out [batch, n_heads, tokens, head_dim], not tokens before heads: Gemma 3 norms K
+        after the transpose.
+        """
+        return self.model_type == "gemma3_text"
+
+    @property
     def has_experts(self) -> bool:
         return any(group.routed for group in self.groups)
 

@@ -104,9 +104,12 @@ class KVQuantizer:
         quantize: what computes heads; torch's unless kernels take its place.
     """
 
-    def __init__(self, scheme: KVScheme, head_dim: int, attention: nn.Module) -> None:
-        """`attention` has the buffer `key_offset` if the scheme does."""
+    def __init__(
+        self, scheme: KVScheme, head_dim: int, attention: nn.Module, keys_by_head: bool = False
+    ) -> None:
+        """`attention` has the buffer `key_offset` if the scheme does; `keys_by_head` as the family has it."""
         self.scheme, self.head_dim, self.attention = scheme, head_dim, attention
+        self.keys_by_head = keys_by_head
         self.quantize: QuantizeHeads = fake_quantize_heads
         self._turns: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -116,6 +119,8 @@ class KVQuantizer:
 
     def on_key(self, _module: nn.Module, _inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         """K of the module that makes it, or of the k norm."""
+        if self.keys_by_head:
+            return self.quantize_keys(output.transpose(1, 2)).transpose(1, 2)
         heads = output.reshape(*output.shape[:-1], -1, self.head_dim) if output.ndim < 4 else output
         return self.quantize_keys(heads).reshape(output.shape)
 
@@ -176,7 +181,7 @@ def install_kv_quantizer(block: nn.Module, family: ModelFamily, kv: KVScheme, he
         device = next(block.parameters()).device
         zeros = torch.zeros(head_counts(attention)[1] * head_dim, device=device)
         attention.register_buffer("key_offset", zeros)
-    quantizer = KVQuantizer(kv, head_dim, attention)
+    quantizer = KVQuantizer(kv, head_dim, attention, family.has_keys_by_head)
     if family.key == family.value:
         block.get_submodule(family.value).register_forward_hook(quantizer.on_fused)
     else:

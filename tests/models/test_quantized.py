@@ -297,6 +297,34 @@ def test_a_group_that_is_flagged_so_is_not_transformed():
     }
 
 
+@pytest.mark.parametrize("key_position", ["before_rope", "after_rope"])
+def test_keys_that_come_by_head_are_coded_as_those_that_come_by_token(key_position):
+    """Gemma 3's k norm comes after the transpose; with as many tokens as heads shapes tell nothing."""
+    model = make_tiny_model("gemma3")
+    block, family, head_dim = model.model.layers[0], find_family("gemma3_text"), head_dim_of(model.config)
+    kv = KVScheme(n_bits=4, key_position=key_position, rotation="hadamard", key_offset=True)
+    norm = copy.deepcopy(block.self_attn.k_norm)
+    install_kv_quantizer(block, family, kv, head_dim)
+    n_heads = model.config.num_key_value_heads
+    offset = torch.randn(n_heads, head_dim, generator=torch.Generator().manual_seed(0))
+    block.self_attn.register_buffer("key_offset", offset.flatten())
+    keys = torch.randn(2, n_heads, n_heads, head_dim, generator=torch.Generator().manual_seed(1))
+    angles = torch.arange(n_heads)[None, :, None] * torch.logspace(0, -2, head_dim // 2).repeat(2)
+    cosine, sine = angles.cos(), angles.sin()
+    if key_position == "after_rope":
+        block.self_attn.atomq_kv.on_attention(block.self_attn, (), {"position_embeddings": (cosine, sine)})
+    back = block.self_attn.k_norm(keys)
+    for token in range(n_heads):
+        x = norm(keys[:, :, token]) - offset
+        if key_position == "before_rope":
+            expected = fake_quantize_heads(x, kv) + offset
+        else:
+            x, place = x[:, None], (cosine[:, token, None], sine[:, token, None])
+            coded = fake_quantize_heads(turned_by_hand(x, *place, head_dim).float(), kv)
+            expected = turned_by_hand(coded, place[0], -place[1], head_dim)[:, 0].float() + offset
+        assert torch.allclose(back[:, :, token], expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("family_name", ["llama", "qwen3", "phi3"])
 def test_the_key_offset_is_taken_off_k_before_it_is_coded_and_added_back(family_name):
     model = make_tiny_model(family_name)
