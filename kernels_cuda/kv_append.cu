@@ -2,8 +2,8 @@
 // and head, in float32:
 //
 //   K:  k = k / sqrt(mean k^2 + epsilon) * norm_weight    with norm_weight
+//       k = k - key_offset                                with key_offset
 //       k = k * cos + rotate_half(k) * sin                KEY_AFTER_ROPE, by the token's row of `rotary`
-//       k = k - key_offset                                with key_offset (before RoPE only)
 //   both: x = x H                                         KEY_HADAMARD, VALUE_HADAMARD: as in quantize_kv.cu
 //       low, high = clip * min x, clip * max x;  scale = F16((high - low) / (2^BITS - 1)), 1 where zero;
 //       minimum = F16(low);  code = clamp(rint((x - minimum) / scale), 0, 2^BITS - 1)
@@ -70,11 +70,11 @@ kv_append(const ELEMENT* __restrict__ keys, const ELEMENT* __restrict__ values, 
     for (int i = lane; i < STORED_DIM; i += 32) x[i] = i < HEAD_DIM ? static_cast<float>(source[i]) : 0.0f;
     __syncwarp();
     if (is_key && norm_weight != nullptr) norm_head(x, norm_weight, epsilon);
-    if (is_key && KEY_AFTER_ROPE) rotate_head(x, rotary + static_cast<long long>(position) * (HEAD_DIM / 2));
     if (is_key && key_offset != nullptr) {
         for (int i = lane; i < HEAD_DIM; i += 32) x[i] = ieee::sub(x[i], key_offset[head * HEAD_DIM + i]);
         __syncwarp();
     }
+    if (is_key && KEY_AFTER_ROPE) rotate_head(x, rotary + static_cast<long long>(position) * (HEAD_DIM / 2));
     if (is_key ? KEY_HADAMARD : VALUE_HADAMARD) transform_shared_head(x);
 
     float minimum = 0.0f, scale = 1.0f;

@@ -3,16 +3,18 @@
 //
 //   query      ELEMENT [n_sequences, n_heads * GROUP, HEAD_DIM], query_stride elements between sequences: before the
 //              norm (norm_weight) and before RoPE, which are applied here at position length - 1
-//   pages, page_table, rotary, norm_weight, key_offset   as in kv_append.cu
+//   pages, page_table, rotary, norm_weight   as in kv_append.cu
+//   key_offset as in kv_append.cu; after RoPE turned to the middle of a page, by 31.5 positions
 //   page_turns half2 [SLOTS / 4][PAGE_TOKENS][4][2][2]: cosines, sines of rotary's first page for two channels each, by
-//              two slots, place, lane t and slot (before RoPE only); KEY_MODE 2: cosine - sine and cosine + sine
+//              two slots, place, lane t and slot; KEY_MODE 2: cosine - sine and cosine + sine. After RoPE with an offset
+//              half2 [2][2][SLOTS / 4][32][4]: cosines, sines of half a page from its middle, see kv_offset.cuh
 //   lengths    int32 [n_sequences], the new token included; 0 for an empty slot, whose output is 0
 //   out        ELEMENT [n_sequences, n_heads * GROUP, HEAD_DIM], contiguous
 //   partials   float32 [n_sequences, n_heads, n_splits, GROUP, STORED_DIM + 2], counters uint32 [n_sequences, n_heads],
 //              zero and left zero; n_splits > 1 only
 //
 // KEY_MODE says what is stored of K: 0 K after RoPE (with KEY_HADAMARD the query is transformed once instead), 1 K
-// before RoPE, 2 K before RoPE under the Hadamard. V under the Hadamard (VALUE_HADAMARD): the output is transformed.
+// before RoPE, 2 K before RoPE under the Hadamard; KEY_OFFSET: less a static offset, taken off before RoPE. V under the Hadamard (VALUE_HADAMARD): the output is transformed.
 //
 // How it works. A CTA has one head of one sequence, or one split of its pages; a warp takes every N_WARPS-th page, 16
 // tokens a step, copied STAGES - 1 steps ahead into shared memory of its own, each lane what it reads itself. K is mma's
@@ -33,6 +35,7 @@
 #include <cuda_fp16.h>
 
 #include "head_shared.cuh"
+#include "kv_offset.cuh"
 #include "kv_softmax.cuh"
 
 namespace {
@@ -43,8 +46,8 @@ constexpr int STAGE_WORDS = 4 * 32 * CHUNK_WORDS;
 constexpr int RANGE_WORDS = BITS < 16 ? 2 * PAGE_TOKENS : 0;  // of a page; of two, as no copy is more than a page ahead
 constexpr int ROWS = (QUERY_ROWS + N_WARPS - 1) / N_WARPS;  // of the queries, of a warp
 constexpr int QUERY_WORDS = QUERY_ROWS * QUERY_STRIDE;
-constexpr int TURN_WORDS = KEY_MODE ? PAGE_TOKENS * STORED_DIM / 2 : 0;
-constexpr int OFFSET_WORDS = KEY_OFFSET ? STORED_DIM / 2 : 0;
+constexpr int TURN_WORDS = KEY_MODE ? PAGE_TOKENS * STORED_DIM / 2 : TURNS_OFFSET ? OFFSET_TURN_WORDS : 0;
+constexpr int OFFSET_WORDS = KEY_MODE && KEY_OFFSET ? STORED_DIM / 2 : TURNS_OFFSET ? N_WARPS * BIAS_WORDS : 0;
 constexpr bool PARKS_OPERAND = KEY_MODE && STORED_DIM > 128;  // registers are short: the query's operand lies in shared
 constexpr int PARKED_WORDS = PARKS_OPERAND ? N_WARPS * 32 * HEAD_TILES * SLOTS : 0;
 constexpr int RING_WORDS = N_WARPS * (STAGES * STAGE_WORDS + 2 * RANGE_WORDS);
@@ -119,6 +122,8 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
         const bool exists = row < GROUP && channel < HEAD_DIM;
         rows[i / LANE_PARTS][i % LANE_PARTS] = exists ? static_cast<float>(source[row * HEAD_DIM + channel]) : 0.0f;
     }
+    float2 own_offset[CROSSED_PARTS];
+    if (TURNS_OFFSET) load_offset(key_offset + head * HEAD_DIM, own_offset);
     const int length = lengths[sequence], position = length - 1;
     ELEMENT* target = out + (static_cast<long long>(sequence) * n_heads + head) * GROUP * HEAD_DIM;
     if (length <= 0) {
@@ -147,7 +152,7 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
         walk.start_copy(step / PAGE_STEPS, step % PAGE_STEPS == 0, own_ring + step * STAGE_WORDS * 4);
     }
 
-    for (int i = threadIdx.x; i < OFFSET_WORDS; i += 32 * N_WARPS) {  // [slot / 4][t][slot % 4]
+    for (int i = threadIdx.x; KEY_MODE && i < OFFSET_WORDS; i += 32 * N_WARPS) {  // [slot / 4][t][slot % 4]
         const int slot = i / 16 * 4 + i % 4, half = slot / (SLOTS / 2);
         const int channel = key_channel(half, i / 4 % 4 * SLOTS + slot % (SLOTS / 2) * 2);
         const float* row = key_offset + head * HEAD_DIM;
@@ -159,6 +164,7 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
         }
         offsets[i] = as_word(__floats2half2_rn(pair[0], pair[1]));
     }
+    float2 crossed[ROWS][CROSSED_PARTS];
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
         const int row = warp + i * N_WARPS;
@@ -171,6 +177,7 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
         __syncwarp();
         if (row >= GROUP) continue;
         if (norm_weight != nullptr) norm_head(own, norm_weight, epsilon);
+        if (TURNS_OFFSET) cross_head(own, own_offset, crossed[i]);
         if (KEY_MODE == 0) rotate_head(own, rotary + static_cast<long long>(position) * (HEAD_DIM / 2));
         if (KEY_MODE == 0 && KEY_HADAMARD) transform_shared_head(own);
     }
@@ -183,22 +190,40 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
         query_operand<false>(queries, nullptr, g, t, operand);
         query_sums(operand, t, sums);
     }
+    if (TURNS_OFFSET) {
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i) {
+            const int row = warp + i * N_WARPS;
+            if (row < GROUP) store_crossed(crossed[i], queries + row * QUERY_STRIDE);
+        }
+        __syncthreads();
+    }
     const Hadamard16 hadamard(g, t);
     Softmax softmax(__shfl_sync(ALL_LANES, softmax_scale * (LOG2_E * KEY_UNIT), lane));
     const __half2 spike_unit = __floats2half2_rn(t == 0 ? SPIKE_UNIT : 0.0f, 0.0f);
     const unsigned lane_offsets = shared_address(offsets + t * 4), lane_turns = shared_address(turns + (g * 4 + t) * 4);
     const unsigned lane_ranges = kept(own_ranges + g * 8);
+    unsigned* own_biases = offsets + (TURNS_OFFSET ? warp * BIAS_WORDS : 0);
+    const int column = ABREAST > 1 ? 2 * t % GROUP : 2 * t;  // of the first of the pages abreast
+    const unsigned lane_biases = shared_address(own_biases + g * 8 + column);
+    const unsigned lane_table = shared_address(turns + lane * 4);
     const unsigned last_stage = own_ring + (STAGES - 1) * STAGE_WORDS * 4;
     unsigned free_stage = last_stage;
     int left = length - first * PAGE_TOKENS;
 
 #pragma unroll 1
     for (int page = 0; page < walk.n_pages; ++page, left -= N_WARPS * PAGE_TOKENS) {
-        const int slot = page % TOGETHER;
-        if (KEY_MODE && slot == 0) {
-            const int next = TOGETHER > 1 ? min(g / GROUP, walk.n_pages - 1 - page) : 0;
+        const int slot = page % ABREAST;
+        if ((KEY_MODE || KEY_OFFSET) && slot == 0) {
+            const int next = ABREAST > 1 ? min(g / GROUP, walk.n_pages - 1 - page) : 0;
             const int turn = position - (first + (page + next) * N_WARPS) * PAGE_TOKENS;
-            query_operand<true>(queries, rotary + static_cast<long long>(turn) * (HEAD_DIM / 2), g, t, operand);
+            const float2* turned_by = rotary + static_cast<long long>(turn) * (HEAD_DIM / 2);
+            if constexpr (TURNS_OFFSET) {
+                offset_scores(queries, turned_by, lane_table, g, t, reinterpret_cast<float*>(own_biases));
+            } else {
+                query_operand<true>(queries, turned_by, g, t, operand);
+            }
 #pragma unroll
             for (int i = 0; PARKS_OPERAND && i < HEAD_TILES * SLOTS; ++i) {
                 parked[i * 32 * N_WARPS] = operand[i / SLOTS][i % SLOTS];
@@ -207,6 +232,7 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
         const bool odd = TOGETHER == 8 && slot % 2;  // one query: which of the lane's columns may be this page's
         int lane_left = TOGETHER == 1 || (2 * t + odd) / GROUP == slot ? left - g : 0;
         unsigned ranges = lane_ranges + page % 2 * RANGE_WORDS * 4, page_turn = lane_turns;
+        unsigned bias = lane_biases + slot * GROUP * 4;
         const int n_parts = min(PAGE_STEPS, (left + STEP_TOKENS - 1) / STEP_TOKENS);
 #pragma unroll 1
         for (int part = 0; part < n_parts; ++part) {
@@ -268,6 +294,11 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
                 }
             }
             float scores[HEAD_TILES][2][LANE_COLUMNS];
+            unsigned bias_words[HEAD_TILES][2][LANE_COLUMNS] = {};
+#pragma unroll
+            for (int i = 0; TURNS_OFFSET && i < 2 * HEAD_TILES; ++i) {
+                read_shared<LANE_COLUMNS>(bias + (i / 2 * PAGE_TOKENS + i % 2 * 8) * 32, bias_words[i / 2][i % 2]);
+            }
 #pragma unroll
             for (int i = 0; i < 2 * LANE_COLUMNS * HEAD_TILES; ++i) {
                 const int tile = i / 2 / LANE_COLUMNS, row = i % 2, j = i / 2 % LANE_COLUMNS, n = 2 * row + j;
@@ -277,6 +308,7 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
                     const float2 range = __half22float2(as_half2(key_ranges[row]));
                     score = score * (range.x * CODE_UNIT) + range.y * sums[tile][j];
                 }
+                if (TURNS_OFFSET) score += __uint_as_float(bias_words[tile][row][j]);
                 scores[tile][row][j] = exists[row] ? score : minus_infinity();
             }
             softmax.refer(scores);
@@ -293,6 +325,7 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
             lane_left -= STEP_TOKENS;
             ranges += STEP_TOKENS * 8;
             page_turn += STEP_TOKENS * 64;
+            bias += STEP_TOKENS * 32;
         }
     }
 

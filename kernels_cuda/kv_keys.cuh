@@ -7,9 +7,11 @@
 
 constexpr int HEAD_TILES = (GROUP + 7) / 8;
 constexpr int QUERY_STRIDE = STORED_DIM + 8;  // words, so that eight heads lie on different banks
-// Before RoPE a query is turned for a page; columns of mma that no other query takes hold it turned for the next pages.
-constexpr int TOGETHER = KEY_MODE && (GROUP == 1 || GROUP == 2 || GROUP == 4) ? 8 / GROUP : 1;
-constexpr int QUERY_ROWS = TOGETHER > 1 ? GROUP : HEAD_TILES * 8;
+// What is turned for a page, queries before RoPE or what an offset after it needs, is turned for the next pages, too, in
+// columns of mma that no other query takes.
+constexpr int ABREAST = (KEY_MODE || KEY_OFFSET) && (GROUP == 1 || GROUP == 2 || GROUP == 4) ? 8 / GROUP : 1;
+constexpr int TOGETHER = KEY_MODE ? ABREAST : 1;  // pages whose scores lie in columns of their own
+constexpr int QUERY_ROWS = ABREAST > 1 ? GROUP : HEAD_TILES * 8;
 constexpr int LANE_COLUMNS = GROUP == 1 ? 1 : 2;  // columns of mma that a lane looks at
 // KEY_MODE 2 rebuilds K over KEY_UNIT, so that the transform's factors are powers of two: a half holds them.
 constexpr float KEY_UNIT = KEY_MODE == 2 && HEAD_DIM == 128 ? 1.41421356f : 1.0f;
@@ -131,33 +133,39 @@ __device__ __forceinline__ void rebuild(__half2 (&keys)[2][SLOTS], const unsigne
     }
 }
 
-// The queries as mma's B operand, lane (g, t): head g's channels of the slots of t. TURNED: turned by `turns`, else as they
-// are, over the slots' units.
+// A slot of a half and its partner in the other as halves of mma's B operand, lane (g, t): head g's channels of t. TURNED:
+// turned by `turns`, else as they are, over the slots' units.
 template <bool TURNED>
-__device__ __forceinline__ void query_operand(const float* query, const float2* turns, int g, int t,
+__device__ __forceinline__ void head_slot(const float* head, const float2* turns, int slot, int t, unsigned& low_pair,
+                                          unsigned& high_pair) {
+    float low[2], high[2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+        const int channel = key_channel(0, t * SLOTS + 2 * slot + j);
+        const float2 turn = TURNED ? turns[channel < 0 ? 0 : channel] : float2{};
+        const float x = channel < 0 ? 0.0f : head[channel];
+        const float y = channel < 0 ? 0.0f : head[channel + HEAD_DIM / 2];
+        low[j] = TURNED ? x * turn.x - y * turn.y : x / slot_unit(slot);
+        high[j] = TURNED ? y * turn.x + x * turn.y : y / slot_unit(slot);
+    }
+    low_pair = as_word(__floats2half2_rn(low[0], low[1]));
+    high_pair = as_word(__floats2half2_rn(high[0], high[1]));
+}
+
+// The head whose channels a lane gives to mma's column g.
+__device__ __forceinline__ const float* head_of(const float* heads, int tile, int g) {
+    return heads + (ABREAST > 1 ? g % GROUP : tile * 8 + g) * QUERY_STRIDE;
+}
+
+template <bool TURNED>
+__device__ __forceinline__ void query_operand(const float* queries, const float2* turns, int g, int t,
                                               unsigned (&operand)[HEAD_TILES][SLOTS]) {
 #pragma unroll
     for (int slot = 0; slot < SLOTS / 2; ++slot) {
-        float2 turn[2];
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-            const int channel = key_channel(0, t * SLOTS + 2 * slot + j);
-            if (TURNED) turn[j] = turns[channel < 0 ? 0 : channel];
-        }
 #pragma unroll
         for (int tile = 0; tile < HEAD_TILES; ++tile) {
-            float low[2], high[2];
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                const int channel = key_channel(0, t * SLOTS + 2 * slot + j);
-                const float* head = query + (TOGETHER > 1 ? g % GROUP : tile * 8 + g) * QUERY_STRIDE;
-                const float x = channel < 0 ? 0.0f : head[channel];
-                const float y = channel < 0 ? 0.0f : head[channel + HEAD_DIM / 2];
-                low[j] = TURNED ? x * turn[j].x - y * turn[j].y : x / slot_unit(slot);
-                high[j] = TURNED ? y * turn[j].x + x * turn[j].y : y / slot_unit(slot);
-            }
-            operand[tile][slot] = as_word(__floats2half2_rn(low[0], low[1]));
-            operand[tile][slot + SLOTS / 2] = as_word(__floats2half2_rn(high[0], high[1]));
+            unsigned(&own)[SLOTS] = operand[tile];
+            head_slot<TURNED>(head_of(queries, tile, g), turns, slot, t, own[slot], own[slot + SLOTS / 2]);
         }
     }
 }

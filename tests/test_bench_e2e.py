@@ -87,7 +87,7 @@ def test_the_cache_is_the_default_presets_unless_it_is_asked_for():
     told = {place: describe_cache(tiny_decoder("w4a4", 1, place)) for place in ("before_rope", "after_rope")}
     assert told == {
         "before_rope": "4 bits, K before RoPE less an offset, Hadamard",
-        "after_rope": "4 bits, K after RoPE, Hadamard",
+        "after_rope": "4 bits, K after RoPE less an offset, Hadamard",
     }
     assert describe_cache(tiny_decoder("int8", 1, "before_rope")) == "8 bits, K after RoPE"
 
@@ -242,7 +242,7 @@ def test_a_trace_reads_prompts_of_many_lengths_before_its_clock_starts(monkeypat
 
 
 def test_attention_is_timed_for_every_cache_that_a_head_allows():
-    assert len(layouts(8, 128)) == 6
+    assert len(layouts(8, 128)) == 7
     assert "int4 before RoPE, Hadamard" not in layouts(8, 96)
 
 

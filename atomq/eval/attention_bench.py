@@ -23,6 +23,9 @@ from atomq.runtime.decoder import pages_for
 
 CACHES = {
     "int4 after RoPE, Hadamard": KVScheme(4, key_position="after_rope", rotation="hadamard"),
+    "int4 after RoPE, Hadamard, offset": KVScheme(
+        4, key_position="after_rope", rotation="hadamard", key_offset=True
+    ),
     "int4 before RoPE": KVScheme(4),
     "int4 before RoPE, Hadamard": KVScheme(4, rotation="hadamard"),
     "int4 before RoPE, Hadamard, offset": KVScheme(4, rotation="hadamard", key_offset=True),

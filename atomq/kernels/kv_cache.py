@@ -19,10 +19,7 @@ from atomq.kernels.operands import check_operand
 
 _ELEMENTS = {torch.float16: "__half", torch.bfloat16: "__nv_bfloat16", torch.float32: "float"}
 _WARPS = 4
-_RING_BYTES, _REBUILDING_RING_BYTES = (
-    9216,
-    7168,
-)  # of a warp's stages: what is on its way while others compute
+_RING_BYTES, _SHORT_RING_BYTES = 9216, 7168  # of a warp's stages: what is on its way while others compute
 _PAGE_STEPS = PAGE_TOKENS // 16  # a warp takes 16 tokens at a time
 _PAGES_OF_SPLIT = 4  # at least, else joining costs more than it gains
 
@@ -73,7 +70,7 @@ def append_kv(
         positions,
         heads.rotary,
         heads.key_norm,
-        heads.key_offset if layout.key_mode else None,
+        heads.key_offset,
         n_tokens,
         layout.n_heads,
         keys.stride(0),
@@ -111,9 +108,8 @@ def read_kv(
     keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
     if n_tokens:
         kernel = compile_kernel("kv_read", **append_defines(layout, dtype))
-        offset = heads.key_offset if layout.key_mode else None
         sizes = (n_tokens, layout.n_heads, table.stride(0))
-        arguments = (pages, table, rows, positions, heads.rotary, offset, keys, values, *sizes)
+        arguments = (pages, table, rows, positions, heads.rotary, heads.key_offset, keys, values, *sizes)
         n_ctas = math.ceil(2 * n_tokens * layout.n_heads / _WARPS)
         launch(kernel, (n_ctas,), (32 * _WARPS,), arguments, device=device)
     return keys, values
@@ -155,6 +151,8 @@ def decode_attention(
     _check_pages("decode_attention", pages, table, layout, heads)
     if layout.key_mode and (heads.page_turns is None or heads.page_turns.shape[1] * 32 != layout.stored_dim):
         raise KernelError("decode_attention: K before RoPE needs page_turns; make heads by HeadParameters.of")
+    if heads.key_offset is not None and heads.middle_offset is None:
+        raise KernelError("decode_attention: key_offset needs middle_offset; make heads by HeadParameters.of")
     check_operand(
         "decode_attention", "lengths", lengths, dtype=torch.int32, shape=(n_sequences,), device=device
     )
@@ -173,15 +171,18 @@ def decode_attention(
         counters = _counters(device, n_items)
     defines = attention_defines(layout, query.dtype, group, heads.key_offset is not None)
     kernel = compile_kernel("kv_attention", **defines)
+    turns, offset = heads.middle_turns, heads.middle_offset
+    if layout.key_mode and heads.page_turns is not None:
+        turns, offset = heads.page_turns[layout.key_mode - 1], heads.key_offset
     arguments = (
         query,
         pages,
         table,
         lengths,
         heads.rotary,
-        heads.page_turns[layout.key_mode - 1] if layout.key_mode and heads.page_turns is not None else None,
+        turns,
         heads.query_norm,
-        heads.key_offset if layout.key_mode else None,
+        offset,
         out,
         partials,
         counters,
@@ -217,15 +218,20 @@ def attention_defines(
 ) -> dict[str, int | str]:
     """The parameters of `kv_attention.cu`; as many stages as a warp's share of shared memory holds."""
     mode, dim = layout.key_mode, layout.stored_dim
-    has_offset = has_offset and mode > 0
     tiles = math.ceil(group / 8)
     stage_words, range_words = dim * layout.n_bits, 2 * PAGE_TOKENS if layout.n_bits < 16 else 0
-    ring_bytes = _REBUILDING_RING_BYTES if mode else _RING_BYTES
-    stages = max(2, min(_PAGE_STEPS + 1, ring_bytes // (4 * stage_words + range_words * 4 // _PAGE_STEPS)))
-    query_rows = group if mode and group in (1, 2, 4) else tiles * 8  # the kernel's TOGETHER
-    fixed_words = query_rows * (dim + 8) + (32 * dim if mode else 0) + (dim // 2 if has_offset else 0)
+    is_abreast = (mode > 0 or has_offset) and group in (1, 2, 4)  # the kernel's ABREAST
+    query_rows = group if is_abreast else tiles * 8
+    fixed_words = query_rows * (dim + 8)
+    if mode:
+        fixed_words += 32 * dim + (dim // 2 if has_offset else 0)
+    elif has_offset:  # the kernel's OFFSET_TURN_WORDS and BIAS_WORDS
+        fixed_words += 16 * dim + _WARPS * tiles * PAGE_TOKENS * 8
     if mode and dim > 128:  # the kernel's PARKS_OPERAND
         fixed_words += _WARPS * 32 * tiles * (dim // 8)
+    is_short = mode > 0 or (has_offset and not is_abreast)  # of shared memory
+    ring_bytes = _SHORT_RING_BYTES if is_short else _RING_BYTES
+    stages = max(2, min(_PAGE_STEPS + 1, ring_bytes // (4 * stage_words + range_words * 4 // _PAGE_STEPS)))
     ring_words = max(_WARPS * (stages * stage_words + 2 * range_words), _WARPS * group * (dim + 2))
     is_large = dim * tiles > 128 or layout.n_bits == 16
     return {

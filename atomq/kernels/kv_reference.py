@@ -87,9 +87,11 @@ def read_kv(
         keys = butterflies(keys)
     if layout.rotates_values:
         values = butterflies(values)
-    if layout.key_position == "before_rope":
-        if heads.key_offset is not None:
-            keys = keys + heads.key_offset
+    before = layout.key_position == "before_rope"
+    if heads.key_offset is not None:
+        offset = heads.key_offset[None]
+        keys = keys + (offset if before else rotate(offset, positions, heads))
+    if before:
         keys = rotate(keys, positions, heads)
     return keys.to(dtype), values.to(dtype)
 
@@ -97,12 +99,12 @@ def read_kv(
 def coded_keys(
     keys: torch.Tensor, positions: torch.Tensor, layout: PageFormat, heads: HeadParameters
 ) -> torch.Tensor:
-    """K [T, H, head_dim] in float32 as it is coded: normed, after RoPE or less its offset, transformed."""
+    """K [T, H, head_dim] in float32 as it is coded: normed, less its offset, turned, transformed."""
     x = head_norm(keys.float(), heads.key_norm, heads.epsilon)
+    if heads.key_offset is not None:
+        x = x - heads.key_offset
     if layout.key_position == "after_rope":
         x = rotate(x, positions, heads)
-    elif heads.key_offset is not None:
-        x = x - heads.key_offset
     return butterflies(x) if layout.rotates_keys else x
 
 

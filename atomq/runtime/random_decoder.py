@@ -92,7 +92,7 @@ def random_decoder(
     kv = cache_scheme(key_position)
     layout = cache_layout(shape, scheme, kv)
     offset = None
-    if kv.has_key_offset:
+    if kv.has_key_offset and layout.n_bits == kv.n_bits:
         offset = torch.randn(shape.n_kv_heads, shape.head_dim, device=device)
     heads = HeadParameters.of(
         _rotary(shape.head_dim, max_positions, device), shape.head_dim**-0.5, key_offset=offset

@@ -31,6 +31,9 @@ LAYOUTS = {
     "int4 before rope, ragged": PageFormat(3, 80, value_rotation="hadamard"),
     "int4 after rope, rotated": PageFormat(2, 96, 4, "after_rope", "hadamard", "hadamard"),
     "int4 after rope": PageFormat(2, 192, 4, "after_rope"),
+    "int4 after rope, common": PageFormat(2, 128, 4, "after_rope", "hadamard", "hadamard"),
+    "int4 after rope, keys rotated": PageFormat(1, 256, 4, "after_rope", "hadamard", "none"),
+    "int4 after rope, small": PageFormat(2, 64, 4, "after_rope", "hadamard", "hadamard", 0.95),
     "int8 before rope": PageFormat(2, 128, 8),
     "int8 after rope": PageFormat(2, 80, 8, "after_rope"),
     "float16": PageFormat(2, 112, 16, "after_rope"),
@@ -132,10 +135,12 @@ def naive_attention(sequences: Sequences) -> torch.Tensor:
             scores, values = [], []
             for place in range(length):
                 key = norm(sequences.keys[start + place, own].double(), heads.key_norm)
+                offset = torch.zeros(len(key), dtype=torch.float64)
+                if heads.key_offset is not None:
+                    offset = heads.key_offset[own].double()
                 if layout.key_position == "after_rope":
-                    key = cached(turn(key, place), "K")
+                    key = cached(turn(key - offset, place), "K") + turn(offset, place)
                 else:
-                    offset = 0 if heads.key_offset is None else heads.key_offset[own].double()
                     key = turn(cached(key - offset, "K") + offset, place)
                 scores.append(query @ key * heads.softmax_scale)
                 values.append(cached(sequences.values[start + place, own].double(), "V"))
@@ -224,6 +229,35 @@ def test_the_turns_of_a_rotated_page_take_the_last_butterfly_along():
     assert torch.allclose(found, expected, atol=5e-3)
 
 
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_an_offset_after_rope_is_what_the_kernel_makes_of_the_middle_of_a_page(head_dim):
+    layout = PageFormat(1, head_dim, 4, "after_rope")
+    heads = make_heads(layout, offset=True)
+    heads = heads._replace(rotary=heads.rotary * 1.2)  # as YaRN's, whose turns have a factor
+    heads = HeadParameters.of(heads.rotary, heads.softmax_scale, key_offset=heads.key_offset)
+    query = torch.randn(1, 1, head_dim, generator=torch.Generator().manual_seed(5))
+    places, position = torch.arange(PAGE_TOKENS), 150
+    own_offset = heads.key_offset[None].expand(PAGE_TOKENS, -1, -1)
+    turned = kv_reference.rotate(own_offset, 64 + places, heads)[:, 0]
+    expected = turned @ kv_reference.rotate(query, torch.tensor([position]), heads)[0, 0]
+
+    def as_complex(x):
+        return torch.complex(*x.double().flatten().chunk(2))
+
+    crossed = as_complex(query) * as_complex(heads.middle_offset).conj()
+    crossed = crossed * torch.view_as_complex(heads.rotary[position - 64].double())
+    slots = layout.stored_dim // 8
+    found = torch.zeros(PAGE_TOKENS, dtype=torch.float64)
+    channel = torch.arange(head_dim // 2)
+    t, slot, j = channel // slots, channel % slots // 2, channel % 2
+    for k in range(32):
+        at = (slice(None), k // 16, slot // 2, k % 8 * 4 + t, slot % 2 * 2 + k % 16 // 8, j)
+        cosine, sine = heads.middle_turns[at].double()
+        even, odd = (crossed.real * cosine).sum(), (crossed.imag * sine).sum()
+        found[32 + k], found[31 - k] = even + odd, even - odd
+    assert (found - expected).norm() <= 1e-3 * expected.norm()
+
+
 def test_splits_fill_the_gpu_and_no_more():
     assert choose_splits(n_items=4096, n_pages=16, n_sms=132) == 1
     assert choose_splits(n_items=32, n_pages=128, n_sms=132) == 17
@@ -254,6 +288,7 @@ def test_operands_that_do_not_fit_are_refused():
         (lambda: attend(heads=sequences.heads._replace(rotary=sequences.heads.rotary[:10])), "10 positions"),
         (lambda: attend(heads=sequences.heads._replace(key_norm=torch.ones(3))), "key_norm"),
         (lambda: attend(heads=sequences.heads._replace(page_turns=None)), "HeadParameters.of"),
+        (lambda: attend(heads=sequences.heads._replace(key_offset=torch.ones(2, 64))), "needs middle_offset"),
         (lambda: PageFormat(2, 72), "head_dim 72"),
         (lambda: PageFormat(2, 64, 3), "3 bits"),
         (lambda: PageFormat(2, 96, 4, "before_rope", "hadamard"), "kv.key_position=after_rope"),
@@ -265,12 +300,23 @@ def test_operands_that_do_not_fit_are_refused():
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(
-    "name", ["int4 before rope", "int4 before rope, rotated", "int4 after rope, rotated", "float16"]
+    "name",
+    [
+        "int4 before rope",
+        "int4 before rope, rotated",
+        "int4 after rope, rotated",
+        "int4 after rope, common",
+        "int8 after rope",
+        "float16",
+    ],
 )
 def test_kernels_compile_and_spill_no_more_than_was_timed(arch, name):
     pytest.importorskip("cupy", reason="compiling a kernel needs CuPy and NVRTC")
     layout = LAYOUTS[name]
-    variants = [(1, False), (4, layout.key_mode > 0)]  # query heads of a head, an offset of K
+    # query heads of a head, an offset of K
+    variants = [(1, False), (4, layout.key_mode > 0)]
+    if "common" in name:
+        variants = [(1, True), (8, True)]
     reports = [
         *(compile_for(n, arch, **append_defines(layout, torch.float16)) for n in ("kv_append", "kv_read")),
         *(
@@ -290,7 +336,8 @@ def test_kernels_compile_and_spill_no_more_than_was_timed(arch, name):
 def test_kernels_agree_with_the_twins(name, variant):
     layout = LAYOUTS[name]
     heads = make_heads(layout, norms=variant == "norms", offset=variant == "offset")
-    for group in (1, 3, 8):
+    turns_offset = variant == "offset" and layout.key_mode == 0
+    for group in (1, 2, 3, 4, 8) if turns_offset else (1, 3, 8):
         here = Sequences(layout, heads, group=group).append()
         there = Sequences(layout, heads, group=group).to("cuda").append()
         if variant != "norms" and layout.head_dim == layout.stored_dim:
@@ -307,9 +354,10 @@ def test_kernels_agree_with_the_twins(name, variant):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_every_length_up_to_8192_agrees(head_dim):
-    layout = PageFormat(1, head_dim, value_rotation="hadamard")
-    heads = make_heads(layout, n_positions=8192)
+@pytest.mark.parametrize("key_position", ["before_rope", "after_rope"])
+def test_every_length_up_to_8192_agrees(head_dim, key_position):
+    layout = PageFormat(1, head_dim, 4, key_position, value_rotation="hadamard")
+    heads = make_heads(layout, offset=key_position == "after_rope", n_positions=8192)
     lengths = (1, 2, 15, 17, 63, 64, 255, 1000, 2049, 4095, 8191, 8192, 0)
     here = Sequences(layout, heads, lengths, group=4).append()
     there = Sequences(layout, heads, lengths, group=4).to("cuda").append()
@@ -322,7 +370,7 @@ def test_every_length_up_to_8192_agrees(head_dim):
 @pytest.mark.parametrize("name", ["int4 before rope, rotated", "int8 before rope", "float16"])
 def test_a_large_batch_of_grouped_queries_agrees(name):
     layout = dataclasses.replace(LAYOUTS[name], n_heads=8)
-    heads = make_heads(layout, offset=layout.key_mode > 0, n_positions=1024)
+    heads = make_heads(layout, offset=layout.n_bits == 4 or layout.key_mode > 0, n_positions=1024)
     lengths = (1024, 1019, 960, *(1024 for _ in range(125)))
     n_pages = len(lengths) * 16
     generator = torch.Generator("cuda").manual_seed(0)
