@@ -1,6 +1,7 @@
 """A checkpoint on the kernels' decode path against its simulation: greedy tokens, perplexity, speed.
 
 python -m benchmarks.decode CHECKPOINT --prompts FILE --text FILE --save RECORD.json
+python -m benchmarks.decode CHECKPOINT --text FILE --save RECORD.json
 
 Greedy tokens are compared without a second generation: the simulation reads prompt and made tokens at once,
 and its most likely token after each prefix must be the one that was made. By induction that is equality of
@@ -59,11 +60,12 @@ def compare_greedy(
 def compare_noise(model: Any, decoder: Decoder, texts: list[list[int]]) -> dict[str, dict[str, float]]:
     """How far the decoder is from the simulation over all tokens of texts, and the simulation from itself.
 
-    The latter reads each text with five more tokens behind it, which causal attention must not see: sums are
-    rounded in another order, and codes on an edge fall to the other side. Of both: the part of tokens after
-    which another token is the most likely, and the median relative distance of the logits.
+    The latter twice: "simulation" reads each text with five more tokens behind it, which causal attention
+    must not see (sums may be rounded in another order), and "nudged" moves each channel of the embeddings to
+    one of the two float32 beside it. Of each: the part of tokens after which another token is the most
+    likely, and the median relative distance of the logits.
     """
-    found: dict[str, list[tuple[bool, float]]] = {"kernels": [], "simulation": []}
+    found: dict[str, list[tuple[bool, float]]] = {"kernels": [], "simulation": [], "nudged": []}
     for text in texts:
         ids = torch.tensor(text, device=decoder.device)
         logits = model(ids[None]).logits[0].float()
@@ -71,6 +73,7 @@ def compare_noise(model: Any, decoder: Decoder, texts: list[list[int]]) -> dict[
         others = {
             "kernels": decoder.prefill([ids], [0], Cache(decoder, 1, len(text)), after_every_token=True),
             "simulation": model(longer[None]).logits[0, : len(text)],
+            "nudged": nudged_logits(model, ids),
         }
         for name, other in others.items():
             differs = (other.argmax(-1) != logits.argmax(-1)).tolist()
@@ -83,6 +86,25 @@ def compare_noise(model: Any, decoder: Decoder, texts: list[list[int]]) -> dict[
         }
         for name, pairs in found.items()
     }
+
+
+def nudged_logits(model: Any, ids: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """[tokens, vocabulary] of a float32 `model` whose embeddings of `ids` are all off by a unit in the last
+    place, up or down at random.
+    """
+    source = torch.Generator().manual_seed(seed)
+
+    def nudge(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        ups = torch.randint(0, 2, output.shape, generator=source).to(output.device, torch.bool)
+        towards = torch.where(ups, torch.inf, -torch.inf).to(output.dtype)
+        return torch.nextafter(output, towards)
+
+    hook = model.get_input_embeddings().register_forward_hook(nudge)
+    try:
+        logits: torch.Tensor = model(ids[None]).logits[0]
+    finally:
+        hook.remove()
+    return logits
 
 
 @torch.inference_mode()
@@ -152,19 +174,38 @@ def run(
     return record
 
 
+def run_noise(folder: Path, text: str, n_texts: int, n_tokens: int) -> dict[str, Any]:
+    """The record of `compare_noise` alone, on pieces of a text."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model: Any = hf.load(folder, device=device, dtype="float32")
+    tokens = checkpoints.load_checkpoint_tokenizer(folder)(text)["input_ids"]
+    stride = len(tokens) // n_texts
+    texts = [tokens[i * stride : i * stride + n_tokens] for i in range(n_texts)]
+    return {
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else "none: the twins, on a CPU",
+        "torch": torch.__version__,
+        "n_texts": n_texts,
+        "n_tokens": n_tokens,
+        "noise": compare_noise(model, decoder_of(model, max(n_tokens + 5, 64), torch.float32), texts),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--prompts", type=Path, required=True, help="one on each line")
+    parser.add_argument("--prompts", type=Path, help="one on each line; without, only the noise is measured")
     parser.add_argument("--text", type=Path, required=True, help="for perplexity")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--save", type=Path, required=True)
     given = parser.parse_args()
-    prompts = [line for line in given.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
     text = given.text.read_text(encoding="utf-8")
-    record = run(given.checkpoint, prompts, text, given.tokens, given.windows, given.seq_len)
+    if given.prompts is None:
+        record = run_noise(given.checkpoint, text, given.windows, given.tokens)
+    else:
+        prompts = [line for line in given.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        record = run(given.checkpoint, prompts, text, given.tokens, given.windows, given.seq_len)
     given.save.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import torch
 from tiny_checkpoints import calibration_text
 from tiny_models import save_tiny_model
 
 from atomq.cli import main
-from benchmarks.decode import perplexity, run
+from benchmarks.decode import nudged_logits, perplexity, run, run_noise
 from benchmarks.e2e_tables import decode_table
 
 
@@ -38,6 +39,8 @@ def test_a_checkpoint_is_held_against_its_simulation(tmp_path):
     table = decode_table(record)
     assert "OUT: 2 windows of 32 tokens, 2 prompts of 4 greedy tokens." in table
     assert "| 4 of 4 |" in table
+    alone = run_noise(tmp_path / "OUT", text.read_text(encoding="utf-8"), 2, 24)
+    assert alone["noise"].keys() == record["noise"]["float32"].keys() == {"kernels", "simulation", "nudged"}
     for name, found in record["noise"]["float32"].items():
         assert found["differs"] < 0.1, name
         assert found["distance"] < 0.02, name
@@ -46,3 +49,24 @@ def test_a_checkpoint_is_held_against_its_simulation(tmp_path):
 def test_perplexity_of_equal_chances_is_the_number_of_choices():
     windows = [torch.randint(0, 7, (9,)), torch.randint(0, 7, (5,))]
     assert math.isclose(perplexity(lambda w: torch.zeros(len(w), 7), windows), 7, rel_tol=1e-5)
+
+
+def test_a_nudge_moves_every_channel_by_one_unit_in_the_last_place():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = torch.nn.Embedding(5, 64)
+
+        def get_input_embeddings(self):
+            return self.embedding
+
+        def forward(self, ids):
+            return SimpleNamespace(logits=self.embedding(ids))
+
+    model, ids = Model(), torch.tensor([3, 1])
+    plain = model.embedding(ids).detach().view(torch.int32)  # neighbours among float32 are neighbours here
+    moved = nudged_logits(model, ids).detach().view(torch.int32) - plain
+    assert moved.abs().eq(1).all()
+    assert (moved == 1).any()
+    assert (moved == -1).any()
+    assert torch.equal(model.embedding(ids).detach().view(torch.int32), plain)  # the hook is gone
