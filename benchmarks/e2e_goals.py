@@ -1,31 +1,41 @@
-"""What decoding must reach on one H100, and whether records show it: attention, models, a checkpoint."""
+"""What decoding must reach, set for an H100, and whether records show it: attention, models, a checkpoint."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.cards import card
+
 INT8, FLOAT16 = "int8 after RoPE", "float16"
-_HEAD = ["| what | measured | must | goal | |", "| --- | --- | --- | --- | --- |"]
+Goals = dict[tuple[str, float, float], tuple[float, str]]
+"""What, must and goal -> what was measured, and a word on it where there is one."""
 
 
-def attention_goals(record: dict[str, Any]) -> str:
+def attention_goals(*records: dict[str, Any]) -> str:
     """Of every INT4 cache: its part of the floor, and its speed over the best float16 and over INT8."""
-    rows = {row["name"]: row for row in record["attention"]}
-    best_float16 = min((row for name, row in rows.items() if FLOAT16 in name), key=lambda row: row["us"])
-    lines = list(_HEAD)
-    for name, row in rows.items():
-        if not name.startswith("int4"):
-            continue
-        lines.append(_line(f"{name}: of its floor", row["floor_fraction"], 0.70, 0.85))
-        over = f"{name}: times {best_float16['name']}"
-        lines.append(_line(over, best_float16["us"] / row["us"], 2.5, 3.4))
-        lines.append(_line(f"{name}: times INT8", rows[INT8]["us"] / row["us"], 1.6, 1.6))
-    return "\n".join(lines)
+    return _side_by_side([(card(record["gpu"]), _attention(record)) for record in records])
 
 
-def e2e_goals(record: dict[str, Any]) -> str:
+def e2e_goals(*records: dict[str, Any]) -> str:
     """Llama-2-7B's: of the ratio at both floors with the largest batches, and times float16 at batch 32."""
-    lines = list(_HEAD)
+    heads = [f"{card(record['gpu'])}, {record['kv_cache']['w4a4']}" for record in records]
+    return _side_by_side(list(zip(heads, map(_e2e, records), strict=True)))
+
+
+def _attention(record: dict[str, Any]) -> Goals:
+    rows = {row["name"]: row for row in record["attention"]}
+    best_float16 = min(row["us"] for name, row in rows.items() if FLOAT16 in name)
+    found: Goals = {}
+    for name, row in rows.items():
+        if name.startswith("int4"):
+            found[f"{name}: of its floor", 0.70, 0.85] = row["floor_fraction"], ""
+            found[f"{name}: times the best float16", 2.5, 3.4] = best_float16 / row["us"], ""
+            found[f"{name}: times INT8", 1.6, 1.6] = rows[INT8]["us"] / row["us"], ""
+    return found
+
+
+def _e2e(record: dict[str, Any]) -> Goals:
+    found: Goals = {}
     bounds = {"fp16": (0.65, 0.85), "int8": (0.80, 0.92)}
     for row in record["ratios"]:
         baseline = row["baseline"]
@@ -33,16 +43,16 @@ def e2e_goals(record: dict[str, Any]) -> str:
         invalid = "" if row["baseline_is_valid"] else "no valid baseline"
         if row["comparison"] == "largest batch" and baseline in bounds:
             of_floors = row["measured"] / row["at_floors"]
-            lines.append(_line(f"{what}: of the floors' ratio", of_floors, *bounds[baseline], invalid))
+            found[f"{what}: of the floors' ratio", *bounds[baseline]] = of_floors, invalid
         elif row["comparison"] == "equal batch" and baseline == "fp16" and row["batch"] == 32:
-            lines.append(_line(f"{what}: times", row["measured"], 2.2, 2.9, invalid))
-    return "\n".join(lines)
+            found[f"{what}: times", 2.2, 2.9] = row["measured"], invalid
+    return found
 
 
 def decode_goals(record: dict[str, Any]) -> str:
     """How far the kernels' perplexity lies from the simulation's, for each dtype of activations."""
     base = record["ppl"]["simulation"]
-    lines = list(_HEAD)
+    lines = ["| what | measured | must | goal | |", "| --- | --- | --- | --- | --- |"]
     for name in record["greedy"]:
         off = abs(record["ppl"][name] / base - 1)
         state = "goal" if off <= 0.003 else "missed"
@@ -52,6 +62,17 @@ def decode_goals(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _line(what: str, value: float, must: float, goal: float, state: str = "") -> str:
-    state = state or ("missed" if value < must else "must" if value < goal else "goal")
-    return f"| {what} | {value:.2f} | {must:.2f} | {goal:.2f} | {state} |"
+def _side_by_side(records: list[tuple[str, Goals]]) -> str:
+    lines = [
+        f"| what | must | goal |{''.join(f' {head} | |' for head, _ in records)}",
+        "| --- | --- | --- |" + " --- | --- |" * len(records),
+    ]
+    for key in dict.fromkeys(key for _, found in records for key in found):
+        what, must, goal = key
+        cells = [_cells(*found[key], must, goal) if key in found else "  |  " for _, found in records]
+        lines.append(f"| {what} | {must:.2f} | {goal:.2f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cells(value: float, state: str, must: float, goal: float) -> str:
+    return f"{value:.2f} | {state or ('missed' if value < must else 'must' if value < goal else 'goal')}"
