@@ -406,7 +406,7 @@ def test_names_that_look_like_markup_are_shown_as_they_are(run, tiny_dir, tmp_pa
     code, out, _ = run("quantize", model, tmp_path / "c[red]", "--preset", "rtn")
     assert code == 0
     assert "a[bold]b[ quantized" in out
-    assert f"atomq eval-ppl {tmp_path}/c[red] --baseline" in out
+    assert f"atomq eval-ppl '{tmp_path}/c[red]' --baseline" in out  # as a shell takes it
     assert f"Look at it: {tmp_path}/c[red]/reports/report.html" in out
     _, out, _ = run("inspect", tmp_path / "c[red]")
     assert "c[red]" in out

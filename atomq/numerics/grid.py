@@ -65,7 +65,7 @@ class CodeGrid:
         """
         if self.codebook is not None:
             midpoints, index = _codebook_search(self.codebook, x.dtype, x.device)
-            return index[torch.bucketize(x, midpoints)].to(x.dtype)
+            return index[torch.bucketize(x.contiguous(), midpoints)].to(x.dtype)
         codes = x.round()
         if zeros is not None:
             codes = codes + zeros
