@@ -72,9 +72,8 @@ class CheckpointWriter:
             self._lock = _lock_folder(self._place)
             if self._previous.exists() and not self.out.exists():  # killed between the renames of `publish`
                 move_into_place(self._previous, self.out)
-            check_place(
-                self.out, overwrite=self._overwrite
-            )  # another process may have published it meanwhile
+            # Again: another process may have published it meanwhile.
+            check_place(self.out, overwrite=self._overwrite)
         except BlockingIOError as error:
             raise ConfigError(
                 f"another process is writing {self.out}; wait for it, or name another folder"
@@ -215,7 +214,8 @@ class CheckpointWriter:
         chosen = journal.CHOICE in (journal.read_job(self.progress) or ())
         records, first = self.progress.glob("shard-*"), journal.record_name(1)
         worthy = chosen or any(path.name != first for path in records)
-        kept = self._resumable and not useless and self.folder.exists() and worthy
+        is_others = not self._begun  # what lies here is an earlier command's, and this one has not touched it
+        kept = (self._resumable or is_others) and not useless and self.folder.exists() and worthy
         try:
             if self._lock >= 0 and not kept:
                 with contextlib.suppress(StorageError):

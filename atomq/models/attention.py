@@ -19,7 +19,8 @@ Turns = tuple[torch.Tensor, torch.Tensor]  # cosines and sines [batch, tokens, c
 
 def attention_for(config: Any) -> str:
     """The attention implementation that a model with `config` needs."""
-    return "sdpa" if getattr(config, "attn_logit_softcapping", None) is None else ATTENTION_CAPPED
+    is_capped = config.model_type == "gemma2" and config.attn_logit_softcapping is not None
+    return ATTENTION_CAPPED if is_capped else "sdpa"
 
 
 def turn(attention: nn.Module, keys: torch.Tensor, turns: Turns | None) -> torch.Tensor:
@@ -83,7 +84,8 @@ def _attend_capped(
         attention_mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=scores.device).tril(
             n_keys - n_queries
         )
-    weights = scores.masked_fill(~attention_mask, -torch.inf).softmax(-1)
+    lowest = torch.finfo(scores.dtype).min  # not -inf: a padding token sees nothing, and NaN would spread
+    weights = scores.masked_fill(~attention_mask, lowest).softmax(-1)
     return (weights @ value).transpose(1, 2).contiguous(), None
 
 

@@ -95,6 +95,23 @@ def unfinished(out: Path, job: dict) -> None:
         writer.write_shard(2, TENSORS[1])
 
 
+def test_who_cannot_go_on_leaves_an_unfinished_run_alone_until_it_begins(tmp_path):
+    """An export that fails at once, named the folder of a run that was interrupted."""
+    out = tmp_path / "OUT"
+    unfinished(out, {})
+
+    def fail() -> None:
+        with CheckpointWriter(out, overwrite=False, resumable=False):
+            raise ConfigError("nothing to export")
+
+    with pytest.raises(ConfigError):
+        fail()
+    with CheckpointWriter(out, overwrite=False) as writer:
+        writer.begin({}, n_shards=2)
+        assert writer.facts_of(1) is not None
+        assert writer.facts_of(2) is not None
+
+
 def test_a_model_that_is_broken_leaves_nothing(tmp_path):
     """It must change, and then nothing of this run could be used."""
 

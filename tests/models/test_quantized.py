@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_models import TINY_MODELS, make_tiny_model
 from torch import nn
-from transformers import Gemma2Config, LlamaConfig
+from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig
 
 from atomq.config import ActivationScheme, KVScheme, OutlierScheme, QuantScheme, WeightScheme
 from atomq.errors import UnsupportedModelError
@@ -144,10 +144,12 @@ def test_qwen3_keys_are_quantized_after_their_norm():
 
 
 @pytest.mark.parametrize("kv", KV_SCHEMES.values(), ids=KV_SCHEMES)
-def test_padded_batches_give_what_their_rows_give_alone(kv):
-    model = make_tiny_model("llama").double()
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3"])
+def test_padded_batches_give_what_their_rows_give_alone(kind, kv):
+    """Also where scores are capped: a padding token sees nothing, and what it becomes must not spread."""
+    model = make_tiny_model(kind).double()
     for block in model.model.layers:
-        install_kv_quantizer(block, find_family("llama"), kv, 12)
+        install_kv_quantizer(block, find_family(model.config.model_type), kv, head_dim_of(model.config))
     model.set_attn_implementation(attention_for(model.config))
     tokens = torch.arange(2, 12)[None]
     padded = torch.cat((torch.zeros(1, 4, dtype=torch.long), tokens), dim=1)
@@ -161,6 +163,8 @@ def test_padded_batches_give_what_their_rows_give_alone(kv):
 def test_the_attention_of_a_model_is_named():
     assert attention_for(LlamaConfig()) == "sdpa"
     assert attention_for(Gemma2Config(attn_logit_softcapping=50.0)) == ATTENTION_CAPPED
+    assert attention_for(Gemma2Config(attn_logit_softcapping=None)) == "sdpa"
+    assert attention_for(Gemma3TextConfig(attn_logit_softcapping=50.0)) == "sdpa"  # it has the key alone
 
 
 def turned_by_hand(heads, cosine, sine, n_turned):
