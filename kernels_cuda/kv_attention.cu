@@ -14,7 +14,8 @@
 //              zero and left zero; n_splits > 1 only
 //
 // KEY_MODE says what is stored of K: 0 K after RoPE (with KEY_HADAMARD the query is transformed once instead), 1 K
-// before RoPE, 2 K before RoPE under the Hadamard; KEY_OFFSET: less a static offset, taken off before RoPE. V under the Hadamard (VALUE_HADAMARD): the output is transformed.
+// before RoPE, 2 K before RoPE under the Hadamard; KEY_OFFSET: less a static offset, taken off before RoPE. V under the
+// Hadamard (VALUE_HADAMARD): the output is transformed.
 //
 // How it works. A CTA has one head of one sequence, or one split of its pages; a warp takes every N_WARPS-th page, 16
 // tokens a step, copied STAGES - 1 steps ahead into shared memory of its own, each lane what it reads itself. K is mma's

@@ -32,7 +32,7 @@ def turn(attention: nn.Module, keys: torch.Tensor, turns: Turns | None) -> torch
     if rotate is None:
         return keys
     cosine, sine = _of_tokens(attention, keys, turns)
-    turned: torch.Tensor = rotate(keys, keys, cosine, sine, unsqueeze_dim=2)[1]
+    turned: torch.Tensor = rotate(keys[:, :, :0], keys, cosine, sine, unsqueeze_dim=2)[1]  # no queries
     return turned
 
 
@@ -42,7 +42,7 @@ def inverse_turn(attention: nn.Module, keys: torch.Tensor, turns: Turns | None) 
     if rotate is None:
         return keys
     cosine, sine = _of_tokens(attention, keys, turns)
-    back: torch.Tensor = rotate(keys, keys, cosine, -sine, unsqueeze_dim=2)[1]
+    back: torch.Tensor = rotate(keys[:, :, :0], keys, cosine, -sine, unsqueeze_dim=2)[1]
     lengths = (cosine.square() + sine.square()).unsqueeze(2)
     n_turned = lengths.shape[-1]
     return torch.cat((back[..., :n_turned] / lengths, back[..., n_turned:]), dim=-1)
