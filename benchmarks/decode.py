@@ -1,6 +1,6 @@
 """A checkpoint on the kernels' decode path against its simulation: greedy tokens, perplexity, speed.
 
-python -m benchmarks.decode CHECKPOINT --prompts FILE --text FILE --save RECORD.json
+python -m benchmarks.decode CHECKPOINT --prompts FILE --text FILE [--profile] --save RECORD.json
 python -m benchmarks.decode CHECKPOINT --text FILE --save RECORD.json
 
 Greedy tokens are compared without a second generation: the simulation reads prompt and made tokens at once,
@@ -22,6 +22,7 @@ import torch
 from torch.nn import functional
 
 from atomq import checkpoints, hf
+from atomq.eval.e2e_profile import profile_step
 from atomq.runtime.decoder import Cache, Decoder
 from atomq.runtime.generate import Sampling, generate, simulate
 from atomq.runtime.loading import decoder_of
@@ -128,6 +129,19 @@ def tokens_per_s(decoder: Decoder, prompts: list[list[int]], batch: int, n_token
     return batch * n_tokens / (seconds(n_tokens + 2) - few)
 
 
+@torch.inference_mode()
+def step_shares(decoder: Decoder, prompts: list[list[int]], batch: int, n_tokens: int) -> dict[str, float]:
+    """`e2e_profile.shares` of the step half way through a generation of `n_tokens`; the pages hold zeros."""
+    many = (prompts * math.ceil(batch / len(prompts)))[:batch]
+    counts = [len(prompt) + n_tokens // 2 for prompt in many]
+    cache = Cache(decoder, batch, max(counts))
+    for pages in cache.pages:
+        pages.zero_()
+    lengths = torch.tensor(counts, dtype=torch.int32, device=decoder.device)
+    tokens = torch.zeros(batch, dtype=torch.int64, device=decoder.device)
+    return profile_step(lambda: decoder.step(tokens, lengths, cache).argmax(-1))
+
+
 def simulation_tokens_per_s(model: Any, prompt: list[int], n_tokens: int) -> float:
     """Of one prompt, its own tokens included in the time."""
     simulate(model, [prompt], Sampling(1))
@@ -137,9 +151,16 @@ def simulation_tokens_per_s(model: Any, prompt: list[int], n_tokens: int) -> flo
 
 
 def run(
-    folder: Path, prompts: list[str], text: str, n_tokens: int, n_windows: int, seq_len: int
+    folder: Path,
+    prompts: list[str],
+    text: str,
+    n_tokens: int,
+    n_windows: int,
+    seq_len: int,
+    *,
+    profiles: bool = False,
 ) -> dict[str, Any]:
-    """The record."""
+    """The record; `profiles` adds the shares of a step, on CUDA alone."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = hf.load(folder, device=device, dtype="float32")
     tokenizer = checkpoints.load_checkpoint_tokenizer(folder)
@@ -168,9 +189,13 @@ def run(
         record["ppl"][name] = perplexity(
             lambda w, d=decoder: d.prefill([w], [0], Cache(d, 1, len(w)), after_every_token=True), windows
         )
-        for batch in (1, len(ids), 128) if device == "cuda" else (1,):
+        batches = (1, len(ids), 128) if device == "cuda" else (1,)
+        for batch in batches:
             rate = tokens_per_s(decoder, ids, batch, n_tokens)
             record["tokens_per_s"][f"{name}, batch {batch}"] = rate
+        if profiles:
+            shares = {batch: step_shares(decoder, ids, batch, n_tokens) for batch in batches}
+            record.setdefault("shares", {})[name] = shares
     return record
 
 
@@ -198,6 +223,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--profile", action="store_true", help="where a step's time goes; needs CUDA")
     parser.add_argument("--save", type=Path, required=True)
     given = parser.parse_args()
     text = given.text.read_text(encoding="utf-8")
@@ -205,7 +231,8 @@ def main() -> None:
         record = run_noise(given.checkpoint, text, given.windows, given.tokens)
     else:
         prompts = [line for line in given.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-        record = run(given.checkpoint, prompts, text, given.tokens, given.windows, given.seq_len)
+        sizes = (given.tokens, given.windows, given.seq_len)
+        record = run(given.checkpoint, prompts, text, *sizes, profiles=given.profile)
     given.save.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

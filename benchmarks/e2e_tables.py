@@ -51,9 +51,13 @@ def shares_table(record: dict[str, Any]) -> str:
     prompts = record.get("prefill", {}).items()
     measured = [(s["scheme"], s["batch"], s["shares"]) for s in record["steps"] if s["shares"]]
     measured += [(name, "prompt", times["shares"]) for name, times in prompts if times.get("shares")]
+    return _shares("scheme", measured)
+
+
+def _shares(what: str, measured: list[tuple[str, int | str, dict[str, float]]]) -> str:
     kinds = list(measured[0][2])
     lines = [
-        f"| scheme | batch | {' | '.join(kinds)} | sum, ms |",
+        f"| {what} | batch | {' | '.join(kinds)} | sum, ms |",
         "| --- " * (len(kinds) + 3) + "|",
     ]
     for scheme, batch, shares in measured:
@@ -124,7 +128,10 @@ def trace_table(record: dict[str, Any]) -> str:
 
 
 def decode_table(record: dict[str, Any]) -> str:
-    """A real checkpoint on the decode path: perplexity, greedy tokens, speed, by dtype of the activations."""
+    """A real checkpoint on the decode path: perplexity, greedy tokens, speed, by dtype of the activations.
+
+    Below it, where the record has them, the shares of a step.
+    """
     base, n_tokens = record["ppl"]["simulation"], record["n_tokens"]
 
     def noise(path: str, dtype: str = "float32") -> str:
@@ -153,6 +160,9 @@ def decode_table(record: dict[str, Any]) -> str:
             f"{statistics.median(row['n_equal'] for row in rows):g} of {n_tokens} | "
             f"{noise('kernels', name)} | {rates} |"
         )
+    if "shares" in record:
+        measured = [(name, int(batch), s) for name, of in record["shares"].items() for batch, s in of.items()]
+        lines += ["", "A step half way, under CUDA's trace:", "", _shares("kernels", measured)]
     return "\n".join(lines)
 
 

@@ -10,11 +10,19 @@ from tiny_checkpoints import calibration_text
 from tiny_models import save_tiny_model
 
 from atomq.cli import main
+from benchmarks import decode
 from benchmarks.decode import nudged_logits, perplexity, run, run_noise
 from benchmarks.e2e_tables import decode_table
 
 
-def test_a_checkpoint_is_held_against_its_simulation(tmp_path):
+def test_a_checkpoint_is_held_against_its_simulation(tmp_path, monkeypatch):
+    profiled = []
+
+    def profile_step(launch):  # a step without CUDA's trace
+        profiled.append(launch())
+        return {"attention": 30.0, "launches": 10.0}
+
+    monkeypatch.setattr(decode, "profile_step", profile_step)
     model = save_tiny_model(tmp_path / "model", hidden_size=448, intermediate_size=320, head_dim=64)
     text = calibration_text(tmp_path)
     calibration = ["--calib-data", text, "--n-samples", 2, "--seq-len", 32, "--n-outliers", 40]
@@ -30,7 +38,8 @@ def test_a_checkpoint_is_held_against_its_simulation(tmp_path):
     ]
     argv += ["--check", "off"]
     assert main([*map(str, argv), "--quiet"]) == 0
-    record = run(tmp_path / "OUT", ["mix", "seven"], text.read_text(encoding="utf-8"), 4, 2, 32)
+    words = text.read_text(encoding="utf-8")
+    record = run(tmp_path / "OUT", ["mix", "seven"], words, 4, 2, 32, profiles=True)
     assert [row["n_equal"] for row in record["greedy"]["float32"]] == [4, 4]
     assert math.isclose(record["ppl"]["float32"], record["ppl"]["simulation"], rel_tol=1e-3)
     assert record["ppl"]["float16"] < 1.2 * record["ppl"]["simulation"]
@@ -39,7 +48,10 @@ def test_a_checkpoint_is_held_against_its_simulation(tmp_path):
     table = decode_table(record)
     assert "OUT: 2 windows of 32 tokens, 2 prompts of 4 greedy tokens." in table
     assert "| 4 of 4 |" in table
-    alone = run_noise(tmp_path / "OUT", text.read_text(encoding="utf-8"), 2, 24)
+    assert [tokens.shape for tokens in profiled] == [(1,), (1,)]
+    assert "| float32 | 1 | 75 % | 25 % | 0.04 |" in table
+    assert "trace" not in decode_table({k: v for k, v in record.items() if k != "shares"})
+    alone = run_noise(tmp_path / "OUT", words, 2, 24)
     assert alone["noise"].keys() == record["noise"]["float32"].keys() == {"kernels", "simulation", "nudged"}
     for name, found in record["noise"]["float32"].items():
         assert found["differs"] < 0.1, name
