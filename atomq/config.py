@@ -134,8 +134,11 @@ class KVScheme:
         key_position: where K is quantized: "before_rope" (after the k norm, where there is one) or
             "after_rope".
         rotation: "hadamard": K and V of each head are coded after `transform_blocks`, undone on reading.
-        key_offset: each channel's mean over the calibration text, before RoPE, is taken off K before it is
-            coded and added back on reading; K that is coded after RoPE gets it back turned as K itself is.
+        key_offset: K before RoPE is coded less each channel's mean over the calibration text, which is added
+            back on reading.
+        key_balance: K after RoPE is coded less a static offset and over a static scale for each channel
+            (`method.key_balance`). The query is multiplied by the scales; the offset adds the same to all
+            scores of a query, so decoding does nothing about it.
     """
 
     n_bits: int = FLOAT_BITS
@@ -143,16 +146,32 @@ class KVScheme:
     key_position: KeyPosition = "before_rope"
     rotation: Rotation = "none"
     key_offset: bool = False
+    key_balance: bool = False
 
     def __post_init__(self) -> None:
         check_fields("kv", self)
         check_bits("kv.n_bits", self.n_bits)
         check_ratio("kv.clip_ratio", self.clip_ratio)
+        if self.key_offset and self.key_position == "after_rope":
+            raise ConfigError(
+                "kv.key_offset is taken off K before RoPE, and kv.key_position=after_rope codes K after it; "
+                "set kv.key_offset=false and kv.key_balance=true"
+            )
+        if self.key_balance and self.key_position == "before_rope":
+            raise ConfigError(
+                "kv.key_balance acts on K after RoPE, and kv.key_position=before_rope codes K before it; "
+                "set kv.key_balance=false and kv.key_offset=true"
+            )
 
     @property
     def has_key_offset(self) -> bool:
-        """Whether blocks store an offset: like all else here, it is nothing to a float cache."""
-        return self.key_offset and self.n_bits < FLOAT_BITS
+        """Whether blocks store `key_offset`: like all else here, it is nothing to a float cache."""
+        return (self.key_offset or self.key_balance) and self.n_bits < FLOAT_BITS
+
+    @property
+    def has_key_scale(self) -> bool:
+        """Whether blocks store `key_scale`."""
+        return self.key_balance and self.n_bits < FLOAT_BITS
 
 
 @dataclass(frozen=True)
