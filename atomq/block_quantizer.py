@@ -21,6 +21,7 @@ from torch import nn
 from atomq import distributed
 from atomq.clip_choice import choose_clips
 from atomq.config import FLOAT_BITS, QuantScheme, Recipe
+from atomq.key_statistics import balance_keys, mean_key
 from atomq.method.hessian import HessianAccumulator
 from atomq.method.refine import Refinement, refine_block
 from atomq.method.reorder import reorder_inputs, reorder_outputs
@@ -32,7 +33,6 @@ from atomq.models.families import LinearGroup, ModelFamily
 from atomq.models.quantized import (
     KVQuantizer,
     attention_name,
-    head_counts,
     install_kv_quantizer,
     install_linears,
     straight_through_heads,
@@ -117,7 +117,7 @@ class BlockQuantizer:
         """
         self._inputs, self._reference = inputs, reference
         kv = self.recipe.scheme.kv
-        offset = self._mean_key(reference or inputs, head_dim) if kv.has_key_offset else None
+        of_keys = self._measure_keys(reference or inputs, head_dim)
         if inputs is not None and reference is not None:
             self._twin = copy.deepcopy(self.block)
             halve_linears(self._twin, inputs.device)
@@ -126,32 +126,19 @@ class BlockQuantizer:
             self.block, self.prefix, self.family, self.recipe.scheme, statistics, self._storage_dtype
         )
         install_kv_quantizer(self.block, self.family, kv, head_dim)
-        if offset is not None:
-            self.block.get_submodule(attention_name(self.family)).register_buffer("key_offset", offset)
+        for name, values in of_keys.items():
+            self.block.get_submodule(attention_name(self.family)).register_buffer(name, values)
 
-    def _mean_key(self, inputs: BlockInputs | None, head_dim: int) -> torch.Tensor:
-        """Each channel's mean [n_heads * head_dim] of the block's K before RoPE, in float.
-
-        Rounded to bfloat16, so that it is the same number in whatever dtype a model is loaded.
-        """
+    def _measure_keys(self, inputs: BlockInputs | None, head_dim: int) -> dict[str, torch.Tensor]:
+        """The buffers of the block's attention that the KV scheme asks for (`quantized.key_buffers`)."""
+        kv = self.recipe.scheme.kv
+        if not kv.has_key_offset:
+            return {}
         assert inputs is not None
-        n_queries, n_keys = head_counts(self.block.get_submodule(attention_name(self.family)))
-        first = n_queries * head_dim if self.family.key == self.family.value else 0
-        total = torch.zeros(n_keys * head_dim, dtype=torch.float64, device=inputs.device)
-
-        def add(_module: nn.Module, _args: tuple[Any, ...], output: torch.Tensor) -> None:
-            by_token = output.transpose(1, 2) if self.family.has_keys_by_head else output
-            keys = by_token.flatten(0, 1).flatten(1)[:, first : first + len(total)]
-            total.add_(keys.sum(0, dtype=torch.float64))
-            raise InputSeen
-
-        hook = self.block.get_submodule(self.family.key).register_forward_hook(add)
-        for batch in inputs.batches():
-            inputs.observe(self.block, batch)
-        hook.remove()
-        distributed.add_up(total)
-        n_tokens = distributed.total(inputs.hidden.shape[0] * inputs.hidden.shape[1])
-        return (total / n_tokens).bfloat16().float()
+        if not kv.has_key_scale:
+            return {"key_offset": mean_key(self.block, self.family, inputs, head_dim)}
+        offset, scale = balance_keys(self.block, self.family, inputs, head_dim)
+        return {"key_offset": offset, "key_scale": scale}
 
     def solve(self, on_step: OnStep) -> list[LinearReport]:
         """Find the codes of every linear; without calibration inputs by rounding to nearest."""

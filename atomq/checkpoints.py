@@ -33,7 +33,7 @@ from atomq.formats.schema import (
 from atomq.models.blocks import block_groups, blocks_of, linear_shapes
 from atomq.models.families import LinearShape, ModelFamily
 from atomq.models.loading import empty_model, load_config, load_tokenizer
-from atomq.models.quantized import attention_name, head_counts, head_dim_of, restore_block
+from atomq.models.quantized import attention_name, head_dim_of, key_buffers, restore_block
 from atomq.models.source import ModelSource
 from atomq.numerics.linear import TensorSpec
 
@@ -226,7 +226,7 @@ def expected_tensors(
         for name, tensor in model.state_dict().items()
         if name not in tied and not name.startswith(linears)
     }
-    return others | replaced | _key_offsets(model, family, scheme)
+    return others | replaced | _key_tensors(model, family, scheme)
 
 
 def stored_blocks(folder: Path, opened: Opened) -> Iterator[tuple[str, nn.Module]]:
@@ -252,13 +252,13 @@ def stored_blocks(folder: Path, opened: Opened) -> Iterator[tuple[str, nn.Module
         block.to("meta")
 
 
-def _key_offsets(model: PreTrainedModel, family: ModelFamily, scheme: QuantScheme) -> dict[str, TensorSpec]:
-    if not scheme.kv.has_key_offset:
-        return {}
+def _key_tensors(model: PreTrainedModel, family: ModelFamily, scheme: QuantScheme) -> dict[str, TensorSpec]:
+    """What the attention of every block stores for K, by full name."""
     width = head_dim_of(model.config)
-    offsets = {}
+    tensors = {}
     for index, block in enumerate(blocks_of(model, family)):
-        n_heads = head_counts(block.get_submodule(attention_name(family)))[1]
-        name = f"{family.blocks}.{index}.{attention_name(family)}.key_offset"
-        offsets[name] = TensorSpec((torch.float32,), (n_heads * width,))
-    return offsets
+        attention = block.get_submodule(attention_name(family))
+        for name, shape in key_buffers(attention, scheme.kv, width).items():
+            full = f"{family.blocks}.{index}.{attention_name(family)}.{name}"
+            tensors[full] = TensorSpec((torch.float32,), shape)
+    return tensors

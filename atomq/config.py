@@ -136,9 +136,9 @@ class KVScheme:
         rotation: "hadamard": K and V of each head are coded after `transform_blocks`, undone on reading.
         key_offset: K before RoPE is coded less each channel's mean over the calibration text, which is added
             back on reading.
-        key_balance: K after RoPE is coded less a static offset and over a static scale for each channel
-            (`method.key_balance`). The query is multiplied by the scales; the offset adds the same to all
-            scores of a query, so decoding does nothing about it.
+        key_balance: K after RoPE is coded less an offset and over a scale of each channel
+            (`method.key_balance`). The query is multiplied by the scales; an offset holds for
+            `kv.OFFSET_TOKENS` positions and adds the same to a query's scores of all of them.
     """
 
     n_bits: int = FLOAT_BITS
@@ -297,8 +297,8 @@ class Recipe:
         solves = self.solver.method == "gptq" and self.scheme.weights.n_bits < FLOAT_BITS
         if self.scheme.kv.has_key_offset and not solves:
             raise ConfigError(
-                "kv.key_offset is measured while codes are solved; set it to false, or use "
-                "solver.method=gptq and weights.n_bits below 16"
+                "kv.key_offset and kv.key_balance are measured while codes are solved; set them to false, or "
+                "use solver.method=gptq and weights.n_bits below 16"
             )
         if self.scheme.activations.has_own_clips and not solves:
             raise ConfigError(

@@ -115,7 +115,9 @@ class AtomqQuantizer(HfQuantizer):
             own = {
                 name.removeprefix(prefix): spec for name, spec in headers.items() if name.startswith(prefix)
             }
-            self._exact |= {prefix + n for n in own if n.endswith((".key_offset", ".clip_ratio"))}
+            self._exact |= {
+                prefix + n for n in own if n.endswith((".key_offset", ".key_scale", ".clip_ratio"))
+            }
             for name, linear in install_stored(block, family, scheme, head_dim, own).items():
                 self._exact |= {
                     f"{prefix}{name}.{suffix}"
@@ -135,7 +137,7 @@ class AtomqQuantizer(HfQuantizer):
             if isinstance(module, QuantizedLinear):
                 check_values(name, dict(module.named_buffers(recurse=False)), module.scheme)
             elif "key_offset" in module._buffers:
-                check_values(name, {"key_offset": module.get_buffer("key_offset")}, self._scheme)
+                check_values(name, dict(module.named_buffers(recurse=False)), self._scheme)
         for cast in ("half", "float"):  # transformers forbids them; here they leave codes and scales alone
             setattr(model, cast, MethodType(getattr(nn.Module, cast), model))
         return model

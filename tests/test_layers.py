@@ -39,6 +39,7 @@ BELOW_COMMANDS = {
     "block_loop",
     "block_quantizer",
     "clip_choice",
+    "key_statistics",
     "assist",
     "pipeline",
     "checkpoints",
@@ -72,7 +73,8 @@ LAW = {
     "runtime": {"numerics", "kernels", "models"},
     "eval": {"numerics", "kernels", "models", "formats", "runtime"},
     "rotation_choice": {"block_loop", "eval", "formats", "models"},
-    "block_quantizer": {"clip_choice", "method", "models", "numerics"},
+    "block_quantizer": {"clip_choice", "key_statistics", "method", "models", "numerics"},
+    "key_statistics": {"method", "models"},
     "clip_choice": {"method", "models", "numerics"},
     "block_loop": {"block_quantizer", "method", "models", "numerics"},
     "report": {"formats", "numerics"},
@@ -142,7 +144,7 @@ LIBRARIES = {
         ALWAYS,
     )
     | {"checkpoints": ALWAYS, "block_quantizer": ALWAYS, "export": ALWAYS, "integrations": ALWAYS}
-    | {"clip_choice": ALWAYS}
+    | {"clip_choice": ALWAYS, "key_statistics": ALWAYS}
     | {"report.facts": ALWAYS, "distributed": ALWAYS, "assist": ALWAYS, "rotation_choice": ALWAYS}
     | {"environment": LAZILY, "runtime": ALWAYS, "ablation": ALWAYS}
     | {"api": ALWAYS}

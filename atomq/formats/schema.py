@@ -78,7 +78,7 @@ def _as_written_now(scheme: Any) -> Any:
             "not read any more; quantize the model again"
         )
     newer: dict[str, dict[str, Any]] = {
-        "kv": {"key_offset": False},
+        "kv": {"key_offset": False, "key_balance": False},
         "activations": {"scale_span": "full", "clip_search": "none"},
     }
     tables = [part for part in newer if isinstance(scheme.get(part), dict)]
@@ -153,7 +153,7 @@ def wrong_values(name: str, tensors: Mapping[str, torch.Tensor], scheme: QuantSc
         "perm": ("a permutation", _occur_once),
     }
     positive = ("positive and finite", lambda t: t.isfinite() & (t > 0))
-    rules |= dict.fromkeys(("scales", "scale_base", "outlier_scales"), positive)
+    rules |= dict.fromkeys(("scales", "scale_base", "outlier_scales", "key_scale"), positive)
     rules["clip_ratio"] = ("above 0 and at most 1", lambda t: (t > 0) & (t <= 1))
     for suffix, tensor in sorted(tensors.items()):
         rule, holds = rules.get(suffix, ("finite", _finite))

@@ -43,7 +43,11 @@ def check_servable(scheme: QuantScheme, family: ModelFamily) -> None:
     if scheme.weights.n_bits == FLOAT_BITS:
         raise ConfigError("serving needs weights in codes; quantize with --preset atomq")
     if scheme.kv.has_key_offset:
-        raise ConfigError("a serving engine knows no key_offset; quantize with --set kv.key_offset=false")
+        raise ConfigError(
+            "a serving engine knows neither offsets nor scales of K's channels; quantize with --kv-bits 16, "
+            "or for Llama, Mistral and Qwen2 with --set kv.key_position=before_rope "
+            "--set kv.key_offset=false --set kv.key_balance=false"
+        )
     plain_keys = family.key.endswith("k_proj") and family.key != family.value
     if scheme.kv.n_bits < FLOAT_BITS and (scheme.kv.key_position != "before_rope" or not plain_keys):
         raise ConfigError(

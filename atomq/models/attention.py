@@ -1,9 +1,12 @@
-"""What atomq adds to the attention of transformers: capped scores, and RoPE of K taken apart."""
+"""What atomq adds to the attention of transformers: capped scores, an observer, and RoPE of K taken apart."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import sys
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,6 +16,7 @@ from transformers.masking_utils import sdpa_mask
 from atomq.errors import UnsupportedModelError
 
 ATTENTION_CAPPED = "atomq_capped_scores"
+ATTENTION_OBSERVED = "atomq_observed"
 
 Turns = tuple[torch.Tensor, torch.Tensor]  # cosines and sines [batch, tokens, channels that turn]
 
@@ -21,6 +25,106 @@ def attention_for(config: Any) -> str:
     """The attention implementation that a model with `config` needs."""
     is_capped = config.model_type == "gemma2" and config.attn_logit_softcapping is not None
     return ATTENTION_CAPPED if is_capped else "sdpa"
+
+
+class Attended(NamedTuple):
+    """What an attention is about to compute with: queries and K [batch, heads, T, head_dim] after RoPE.
+
+    `mask` as `weigh_scores` of method.key_balance has it, with the batch before it; `softcap` None without.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    mask: torch.Tensor | None
+    softmax_scale: float
+    softcap: float | None
+    turns: Turns | None
+
+
+@contextlib.contextmanager
+def observed_attention(attention: Any, observer: Callable[[Attended], None]) -> Iterator[None]:
+    """Let `attention` tell `observer` what it would attend with, instead of attending; that ends the pass."""
+    config, own = attention.config, attention.config._attn_implementation
+
+    def keep_turns(_module: nn.Module, _args: tuple[Any, ...], arguments: dict[str, Any]) -> None:
+        attention.atomq_observer = functools.partial(_tell, observer, arguments.get("position_embeddings"))
+
+    hook = attention.register_forward_pre_hook(keep_turns, with_kwargs=True)
+    config._attn_implementation = ATTENTION_OBSERVED
+    try:
+        yield
+    finally:
+        config._attn_implementation = own
+        attention.__dict__.pop("atomq_observer", None)
+        hook.remove()
+
+
+def _tell(
+    observer: Callable[[Attended], None],
+    turns: Turns | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+) -> None:
+    softmax_scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    observer(Attended(query, key, mask, softmax_scale, softcap, turns))
+
+
+def _observe(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    _value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *_args: Any,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **_kwargs: Any,
+) -> None:
+    module.atomq_observer(query, key, attention_mask, scaling, softcap)
+
+
+class Rotary:
+    """RoPE of one attention at any positions, found from how it turns position 1.
+
+    Right for all kinds of RoPE whose angles do not change with the length; of the others it has those of a
+    short text.
+    """
+
+    def __init__(self, attention: nn.Module, turns: Turns | None) -> None:
+        """`turns` of a text's first tokens, at least one; None will do for an attention without RoPE."""
+        self._attention, self._length, self._angle = attention, None, None
+        if turns is not None:
+            cosine, sine = (x[0, :2].double()[-1] for x in turns)
+            self._length, self._angle = torch.hypot(cosine, sine), torch.atan2(sine, cosine)
+
+    def turn(self, heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """RoPE on `heads` [1, T, n_heads, head_dim] at `positions` [T]."""
+        return turn(self._attention, heads, self._turns(positions))
+
+    def turn_back(self, heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """What `turn` made `heads` of."""
+        return inverse_turn(self._attention, heads, self._turns(positions))
+
+    def turn_by_mean(self, heads: torch.Tensor, n_positions: int) -> torch.Tensor:
+        """`heads` [1, T, n_heads, head_dim], the t-th by the mean turn of positions t * n_positions up to
+        (t + 1) * n_positions - 1.
+        """
+        means = []
+        for first in range(0, heads.shape[1] * n_positions, n_positions):
+            turns = self._turns(torch.arange(first, first + n_positions, device=heads.device))
+            means.append(turns and tuple(x.mean(1, keepdim=True) for x in turns))
+        cosine, sine = (torch.cat(x, 1) for x in zip(*means, strict=True)) if means[0] else (None, None)
+        return turn(self._attention, heads, None if cosine is None or sine is None else (cosine, sine))
+
+    def _turns(self, positions: torch.Tensor) -> Turns | None:
+        """Float64 cosines and sines [1, T, channels]."""
+        if self._angle is None or self._length is None:
+            return None
+        angles = positions.double()[:, None] * self._angle
+        return (angles.cos() * self._length)[None], (angles.sin() * self._length)[None]
 
 
 def turn(attention: nn.Module, keys: torch.Tensor, turns: Turns | None) -> torch.Tensor:
@@ -46,6 +150,11 @@ def inverse_turn(attention: nn.Module, keys: torch.Tensor, turns: Turns | None) 
     lengths = (cosine.square() + sine.square()).unsqueeze(2)
     n_turned = lengths.shape[-1]
     return torch.cat((back[..., :n_turned] / lengths, back[..., n_turned:]), dim=-1)
+
+
+def has_rope(attention: nn.Module) -> bool:
+    """Whether `turn` does anything."""
+    return _rope_of(attention) is not None
 
 
 def _rope_of(attention: nn.Module) -> Any:
@@ -91,3 +200,4 @@ def _attend_capped(
 
 AttentionInterface.register(ATTENTION_CAPPED, _attend_capped)
 AttentionMaskInterface.register(ATTENTION_CAPPED, sdpa_mask)
+AttentionInterface.register(ATTENTION_OBSERVED, _observe)

@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 from atomq.config import FLOAT_BITS, KVScheme, QuantScheme
-from atomq.models.attention import inverse_turn, turn
+from atomq.errors import UnsupportedModelError
+from atomq.models.attention import has_rope, inverse_turn, turn
 from atomq.models.blocks import block_groups
 from atomq.models.families import ModelFamily
 from atomq.numerics.activations import compute_dtype
-from atomq.numerics.kv import fake_quantize_heads
+from atomq.numerics.kv import OFFSET_TOKENS, fake_quantize_heads
 from atomq.numerics.linear import GroupInput, QuantizedLinear, SharedInput, TensorSpec
 from atomq.numerics.scales import straight_through
 
@@ -90,6 +91,8 @@ def restore_block(
     block.requires_grad_(False)
 
 
+MAX_OFFSET_ROWS = 128  # 131,072 positions
+
 # Gives heads [..., n_heads, head_dim] back as the cache would, with an offset [n_heads, head_dim] or without.
 QuantizeHeads = Callable[[torch.Tensor, KVScheme, torch.Tensor | None], torch.Tensor]
 
@@ -107,15 +110,16 @@ class KVQuantizer:
     def __init__(
         self, scheme: KVScheme, head_dim: int, attention: nn.Module, keys_by_head: bool = False
     ) -> None:
-        """`attention` has the buffer `key_offset` if the scheme does; `keys_by_head` as the family has it."""
+        """`attention` has the buffers `key_buffers` names; `keys_by_head` as the family has it."""
         self.scheme, self.head_dim, self.attention = scheme, head_dim, attention
         self.keys_by_head = keys_by_head
         self.quantize: QuantizeHeads = fake_quantize_heads
         self._turns: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._positions: torch.Tensor | None = None
 
     def on_attention(self, _module: nn.Module, _inputs: tuple[Any, ...], arguments: dict[str, Any]) -> None:
-        """Cosines and sines [batch, tokens, channels that turn] of the tokens that are read now."""
-        self._turns = arguments.get("position_embeddings")
+        """Places [batch, tokens] of the tokens that are read now, and their cosines and sines."""
+        self._turns, self._positions = arguments.get("position_embeddings"), arguments.get("position_ids")
 
     def on_key(self, _module: nn.Module, _inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         """K of the module that makes it, or of the k norm."""
@@ -126,17 +130,27 @@ class KVQuantizer:
 
     def quantize_keys(self, keys: torch.Tensor) -> torch.Tensor:
         """K [batch, tokens, n_heads, head_dim] before RoPE as the cache gives it back."""
-        offset = self.key_offset()
+        offset, scale = self.key_offset(), self.key_scale()
         if self.scheme.key_position == "before_rope":
             return self.quantize(keys, self.scheme, offset)
-        x = keys.to(compute_dtype(keys.dtype))
-        if offset is not None:
-            x = x - offset.to(x.dtype)
-        turned = self.quantize(turn(self.attention, x, self._turns), self.scheme, None)
-        x = inverse_turn(self.attention, turned, self._turns)
-        if offset is not None:
-            x = x + offset.to(x.dtype)
-        return x.to(keys.dtype)
+        x = turn(self.attention, keys.to(compute_dtype(keys.dtype)), self._turns)
+        if offset is None or scale is None:
+            x = self.quantize(x, self.scheme, None)
+        else:
+            offset, scale = offset.to(x.dtype)[self._rows(len(offset))], scale.to(x.dtype)
+            x = self.quantize((x - offset) / scale, self.scheme, None) * scale + offset
+        return inverse_turn(self.attention, x, self._turns).to(keys.dtype)
+
+    def _rows(self, n_rows: int) -> torch.Tensor:
+        """Which of the rows of K's offset each token [batch, tokens] takes."""
+        if not has_rope(self.attention):
+            return torch.zeros((1, 1), dtype=torch.long)
+        if self._positions is None:
+            raise UnsupportedModelError(
+                f"{type(self.attention).__name__} was called without position_ids, by which K after RoPE is "
+                "balanced; quantize with --set kv.key_balance=false"
+            )
+        return offset_row(self._positions, n_rows)
 
     def on_value(self, _module: nn.Module, _inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         """V of the module that makes it."""
@@ -154,8 +168,13 @@ class KVQuantizer:
         return torch.cat((queries, keys, values), dim=-2).reshape(output.shape)
 
     def key_offset(self) -> torch.Tensor | None:
-        """[n_heads, head_dim], if the scheme has one."""
+        """[n_heads, head_dim] of K before RoPE, [n_rows, n_heads, head_dim] after it; None without."""
         stored = self.attention._buffers.get("key_offset")
+        return None if stored is None else stored.reshape(*stored.shape[:-1], -1, self.head_dim)
+
+    def key_scale(self) -> torch.Tensor | None:
+        """[n_heads, head_dim], or None."""
+        stored = self.attention._buffers.get("key_scale")
         return None if stored is None else stored.view(-1, self.head_dim)
 
 
@@ -172,15 +191,15 @@ def install_kv_quantizer(block: nn.Module, family: ModelFamily, kv: KVScheme, he
     """Make `block` compute with K and V as the quantized cache gives them back.
 
     Both are quantized by hooks on the modules that make them. The block's attention keeps the quantizer as
-    `atomq_kv`, and gets the buffer `key_offset`, of zeros, if the scheme has it.
+    `atomq_kv`, and gets the buffers that `key_buffers` names, an offset of zeros and a scale of ones.
     """
     if kv.n_bits == FLOAT_BITS:
         return
     attention: Any = block.get_submodule(attention_name(family))
-    if kv.has_key_offset:
-        device = next(block.parameters()).device
-        zeros = torch.zeros(head_counts(attention)[1] * head_dim, device=device)
-        attention.register_buffer("key_offset", zeros)
+    device = next(block.parameters()).device
+    for name, shape in key_buffers(attention, kv, head_dim).items():
+        neutral = torch.zeros if name == "key_offset" else torch.ones
+        attention.register_buffer(name, neutral(shape, device=device))
     quantizer = KVQuantizer(kv, head_dim, attention, family.has_keys_by_head)
     if family.key == family.value:
         block.get_submodule(family.value).register_forward_hook(quantizer.on_fused)
@@ -190,6 +209,24 @@ def install_kv_quantizer(block: nn.Module, family: ModelFamily, kv: KVScheme, he
     if kv.key_position == "after_rope":
         attention.register_forward_pre_hook(quantizer.on_attention, with_kwargs=True)
     attention.atomq_kv = quantizer
+
+
+def key_buffers(attention: Any, kv: KVScheme, head_dim: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the float32 buffers that an attention has by `kv` for its K."""
+    width = head_counts(attention)[1] * head_dim
+    if kv.has_key_scale:
+        return {"key_offset": (offset_rows(attention.config), width), "key_scale": (width,)}
+    return {"key_offset": (width,)} if kv.has_key_offset else {}
+
+
+def offset_rows(config: Any) -> int:
+    """Rows of the offset of K after RoPE: one for OFFSET_TOKENS positions each, up to MAX_OFFSET_ROWS."""
+    return min(MAX_OFFSET_ROWS, -(-int(config.max_position_embeddings) // OFFSET_TOKENS))
+
+
+def offset_row(positions: torch.Tensor, n_rows: int) -> torch.Tensor:
+    """The row of each of `positions`; all that lie behind the last one take that."""
+    return (positions // OFFSET_TOKENS).clamp(max=n_rows - 1)
 
 
 def attention_name(family: ModelFamily) -> str:

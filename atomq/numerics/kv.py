@@ -16,6 +16,8 @@ from atomq.numerics.activations import compute_dtype
 from atomq.numerics.hadamard import transform_blocks
 from atomq.numerics.scales import F16_LARGEST, divide
 
+OFFSET_TOKENS = 1024  # positions of K after RoPE that share an offset
+
 
 class QuantizedHeads(NamedTuple):
     """`codes` [..., head_dim] integer-valued floats, `scales` and `minima` [...] F16 values in the same

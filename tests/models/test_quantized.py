@@ -17,10 +17,11 @@ from atomq.errors import UnsupportedModelError
 from atomq.models.attention import ATTENTION_CAPPED, attention_for, inverse_turn, turn
 from atomq.models.families import find_family
 from atomq.models.quantized import head_dim_of, install_kv_quantizer, install_linears
-from atomq.numerics.kv import fake_quantize_heads
+from atomq.numerics.kv import OFFSET_TOKENS, fake_quantize_heads
 from atomq.numerics.linear import QuantizedLinear
 
 N_TOKENS = 9
+PLACES = torch.arange(OFFSET_TOKENS - 4, OFFSET_TOKENS - 4 + N_TOKENS)[None]  # of two rows of K's offset
 KV_SCHEMES = {
     "before-rope": KVScheme(n_bits=4),
     "after-rope": KVScheme(n_bits=4, key_position="after_rope"),
@@ -29,7 +30,9 @@ KV_SCHEMES = {
         n_bits=3, clip_ratio=0.9, key_position="after_rope", rotation="hadamard"
     ),
     "before-rope-offset": KVScheme(n_bits=3, rotation="hadamard", key_offset=True),
-    "after-rope-offset": KVScheme(n_bits=3, key_position="after_rope", rotation="hadamard", key_offset=True),
+    "after-rope-balanced": KVScheme(
+        n_bits=3, key_position="after_rope", rotation="hadamard", key_balance=True
+    ),
 }
 
 
@@ -53,11 +56,12 @@ def attention_by_hand(attention, hidden, positions, kv: KVScheme | None, key_pos
     value = heads(attention.v_proj)
     if kv is not None:
         value = fake_quantize_heads(value, kv)
-        offset = offset_of(kv, n_kv, head_dim).to(key)
+        offset, scale = (x.to(key) for x in balance_of(kv, n_kv, head_dim))
         if key_position == "before_rope":
-            key = turned(fake_quantize_heads(key - offset, kv) + offset)
-        else:  # the offset turns with the position
-            key = fake_quantize_heads(turned(key - offset), kv) + turned(offset.expand(key.shape))
+            key = turned(fake_quantize_heads(key - offset[0], kv) + offset[0])
+        else:
+            of_token = torch.stack([offset[int(place >= OFFSET_TOKENS)] for place in PLACES[0]])
+            key = fake_quantize_heads((turned(key) - of_token) / scale, kv) * scale + of_token
     else:
         key = turned(key)
     output = torch.zeros(*hidden.shape[:2], n_heads, head_dim, dtype=hidden.dtype)
@@ -70,29 +74,35 @@ def attention_by_hand(attention, hidden, positions, kv: KVScheme | None, key_pos
     return attention.o_proj(output.flatten(2))
 
 
-def offset_of(kv: KVScheme, n_heads: int, head_dim: int) -> torch.Tensor:
-    """What stands in the blocks of these tests as the mean of K, [n_heads, head_dim]."""
-    if not kv.key_offset:
-        return torch.zeros(n_heads, head_dim)
-    return torch.randn(n_heads, head_dim, generator=torch.Generator().manual_seed(5))
+def balance_of(kv: KVScheme, n_heads: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The offset [2, n_heads, head_dim] and scale [n_heads, head_dim] of K in the blocks of these tests."""
+    shape, generator = (n_heads, head_dim), torch.Generator().manual_seed(5)
+    offset, scale = torch.randn(2, *shape, generator=generator), torch.rand(shape, generator=generator) + 0.5
+    return (
+        offset if kv.has_key_offset else torch.zeros(2, *shape),
+        scale if kv.has_key_scale else torch.ones(shape),
+    )
 
 
 def make_attention(kind: str):
     """A float64 model, its first block, hidden states [2, 9, 48] and their position embeddings."""
     model = make_tiny_model(kind).double()
     hidden = torch.randn(2, N_TOKENS, 48, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    positions = model.model.rotary_emb(hidden, torch.arange(N_TOKENS)[None])
+    positions = model.model.rotary_emb(hidden, PLACES)
     return model, model.model.layers[0], hidden, positions
 
 
 def attend(model, block, kv: KVScheme, hidden, positions):
     head_dim = head_dim_of(model.config)
     install_kv_quantizer(block, find_family(model.config.model_type), kv, head_dim)
-    if kv.key_offset:
-        offset = offset_of(kv, model.config.num_key_value_heads, head_dim)
-        block.self_attn.register_buffer("key_offset", offset.flatten())
+    offset, scale = balance_of(kv, model.config.num_key_value_heads, head_dim)
+    if kv.has_key_scale:
+        block.self_attn.register_buffer("key_scale", scale.flatten())
+        block.self_attn.register_buffer("key_offset", offset.flatten(1))
+    elif kv.has_key_offset:
+        block.self_attn.register_buffer("key_offset", offset[0].flatten())
     model.set_attn_implementation(attention_for(model.config))
-    return block.self_attn(hidden, position_embeddings=positions, attention_mask=None)[0]
+    return block.self_attn(hidden, position_embeddings=positions, attention_mask=None, position_ids=PLACES)[0]
 
 
 @pytest.mark.parametrize("kv", KV_SCHEMES.values(), ids=KV_SCHEMES)
@@ -283,7 +293,8 @@ def test_a_deep_copy_of_a_block_quantizes_its_cache_too(key_position):
     model, block, hidden, positions = make_attention("qwen3")
     expected = attend(model, block, kv, hidden, positions)
     twin = copy.deepcopy(block).self_attn
-    assert torch.equal(twin(hidden, position_embeddings=positions, attention_mask=None)[0], expected)
+    again = twin(hidden, position_embeddings=positions, attention_mask=None, position_ids=PLACES)[0]
+    assert torch.equal(again, expected)
 
 
 def test_a_group_that_is_flagged_so_is_not_transformed():
@@ -306,26 +317,33 @@ def test_keys_that_come_by_head_are_coded_as_those_that_come_by_token(key_positi
     """Gemma 3's k norm comes after the transpose; with as many tokens as heads shapes tell nothing."""
     model = make_tiny_model("gemma3")
     block, family, head_dim = model.model.layers[0], find_family("gemma3_text"), head_dim_of(model.config)
-    kv = KVScheme(n_bits=4, key_position=key_position, rotation="hadamard", key_offset=True)
+    balanced = {"key_offset": key_position == "before_rope", "key_balance": key_position == "after_rope"}
+    kv = KVScheme(n_bits=4, key_position=key_position, rotation="hadamard", **balanced)
     norm = copy.deepcopy(block.self_attn.k_norm)
     install_kv_quantizer(block, family, kv, head_dim)
     n_heads = model.config.num_key_value_heads
     offset = torch.randn(n_heads, head_dim, generator=torch.Generator().manual_seed(0))
-    block.self_attn.register_buffer("key_offset", offset.flatten())
+    scale = torch.rand(n_heads, head_dim, generator=torch.Generator().manual_seed(2)) + 0.5
+    of_rows = offset if key_position == "before_rope" else offset.repeat(2, 1, 1)
+    block.self_attn.register_buffer("key_offset", of_rows.flatten(-2))
+    if key_position == "after_rope":
+        block.self_attn.register_buffer("key_scale", scale.flatten())
     keys = torch.randn(2, n_heads, n_heads, head_dim, generator=torch.Generator().manual_seed(1))
     angles = torch.arange(n_heads)[None, :, None] * torch.logspace(0, -2, head_dim // 2).repeat(2)
     cosine, sine = angles.cos(), angles.sin()
     if key_position == "after_rope":
-        block.self_attn.atomq_kv.on_attention(block.self_attn, (), {"position_embeddings": (cosine, sine)})
+        seen = {"position_embeddings": (cosine, sine), "position_ids": torch.arange(n_heads)[None]}
+        block.self_attn.atomq_kv.on_attention(block.self_attn, (), seen)
     back = block.self_attn.k_norm(keys)
     for token in range(n_heads):
-        x = norm(keys[:, :, token]) - offset
+        x = norm(keys[:, :, token])
         if key_position == "before_rope":
-            expected = fake_quantize_heads(x, kv) + offset
+            expected = fake_quantize_heads(x - offset, kv) + offset
         else:
             x, place = x[:, None], (cosine[:, token, None], sine[:, token, None])
-            coded = fake_quantize_heads(turned_by_hand(x, *place, head_dim).float(), kv)
-            expected = turned_by_hand(coded, place[0], -place[1], head_dim)[:, 0].float() + offset
+            turned = turned_by_hand(x, *place, head_dim).float()
+            coded = fake_quantize_heads((turned - offset) / scale, kv) * scale + offset
+            expected = turned_by_hand(coded, place[0], -place[1], head_dim)[:, 0].float()
         assert torch.allclose(back[:, :, token], expected, atol=1e-5)
 
 
