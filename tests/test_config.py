@@ -131,6 +131,11 @@ def refused(message: str):
             "kv.key_position='rope' does not exist; choose one of before_rope, after_rope",
         ),
         (
+            lambda: KVScheme(4, key_position="after_rope", key_offset=True),
+            "set kv.key_offset=false and kv.key_balance=true",
+        ),
+        (lambda: KVScheme(4, key_balance=True), "set kv.key_balance=false and kv.key_offset=true"),
+        (
             lambda: KVScheme(rotation="random"),
             "kv.rotation='random' does not exist; choose one of none, hadamard",
         ),
@@ -410,7 +415,7 @@ def test_a_float_cache_has_no_key_offset_whatever_the_preset_says():
 @pytest.mark.parametrize(
     ("assignments", "reason"),
     [
-        ({"weights.n_bits": 16}, "kv.key_offset is measured while codes are solved"),
+        ({"weights.n_bits": 16}, "kv.key_offset and kv.key_balance are measured while codes are solved"),
         ({"solver.method": "rtn"}, "set all three to 0, or solver.method=gptq"),
     ],
 )

@@ -37,6 +37,7 @@ KV_ROTATED = {
     "kv.key_position": "after_rope",
     "kv.rotation": "hadamard",
     "kv.clip_ratio": 0.95,
+    "kv.key_balance": True,
 }
 
 # Name -> preset and what is set over it: every encoding that the format knows occurs at least once.
@@ -70,7 +71,10 @@ SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
         SIZES | {"activations.clip_search": "output", "outliers.reorder": False},
     ),
     "kv after rope": ("atom", SIZES | KV_ROTATED),
-    "kv only": ("rtn", {"weights.n_bits": 16, "activations.n_bits": 16} | KV_ROTATED),
+    "kv only": (
+        "rtn",
+        {"weights.n_bits": 16, "activations.n_bits": 16} | KV_ROTATED | {"kv.key_balance": False},
+    ),
     "w16a4": ("atom", SIZES | {"weights.n_bits": 16, "solver.method": "rtn"}),
     "w16a4 hadamard": ("atom", SIZES | HADAMARD | {"weights.n_bits": 16, "solver.method": "rtn"}),
     "w4a16": ("w4a16", {"weights.group_size": 16}),

@@ -194,6 +194,7 @@ def test_index_config_and_manifest_have_their_golden_text(tmp_path):
                 "key_position": "before_rope",
                 "rotation": "none",
                 "key_offset": False,
+                "key_balance": False,
             },
             "transform": "none",
         },

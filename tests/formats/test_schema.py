@@ -226,9 +226,17 @@ def test_a_config_of_another_kind_is_refused_and_the_field_named(change, words):
 def test_files_of_before_a_setting_came_are_read_without_it():
     scheme = recipe_of("atom").scheme
     config = quantization_config(FAMILIES["llama"], scheme)
-    del config["scheme"]["kv"]["key_offset"]
+    del config["scheme"]["kv"]["key_offset"], config["scheme"]["kv"]["key_balance"]
     del config["scheme"]["activations"]["scale_span"], config["scheme"]["activations"]["clip_search"]
     assert parse_quantization_config(config)[1] == scheme
+
+
+def test_an_offset_that_turns_with_every_position_is_not_read_as_one_of_rows():
+    config = quantization_config(FAMILIES["llama"], recipe_of("atom").scheme)
+    config["scheme"]["kv"] |= {"key_position": "after_rope", "key_offset": True}
+    del config["scheme"]["kv"]["key_balance"]
+    with pytest.raises(CheckpointError, match=r"set kv\.key_offset=false and kv\.key_balance=true"):
+        parse_quantization_config(config)
 
 
 def test_progressive_scales_of_before_the_factors_were_packed_are_refused():
