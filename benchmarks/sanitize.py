@@ -36,6 +36,7 @@ from atomq.kernels.layout import ActivationFormat, ChannelOrder, NormParameters
 from atomq.kernels.repack import CanonicalWeight, PackedWeight, repack_weight
 from atomq.kernels.rows import prepare_rows, quantize_rows, scale_sums
 from atomq.numerics.grid import CodeGrid
+from atomq.runtime.random_decoder import random_balance
 
 TOOLS = ("memcheck", "racecheck")
 _TOKENS = (1, 9, 33, 70, 130, 180, 500)  # tiles of 8, 16, 64, 128, 160, 192 and 256 on large weights
@@ -92,17 +93,14 @@ def run_decode_kernels(device: str) -> Iterator[str]:
     positions = torch.cat([torch.arange(n) for n in lengths]).int().to(device)
     at = torch.tensor(lengths, dtype=torch.int32, device=device)
     angles = torch.rand(192, _CACHE_HEAD_DIM // 2, device=device)
-    norms, offset = (
-        torch.rand(2, _CACHE_HEAD_DIM, device=device),
-        torch.randn(2, _CACHE_HEAD_DIM, device=device),
-    )
+    norms = torch.rand(2, _CACHE_HEAD_DIM, device=device)
     for name, layout in layouts(2, _CACHE_HEAD_DIM).items():
         heads = HeadParameters.of(
             torch.stack((angles.cos(), angles.sin()), dim=-1).contiguous(),
             0.1,
             *norms,
             1e-5,
-            offset if CACHES[name].has_key_offset else None,
+            *random_balance(CACHES[name], layout, device),
         )
         pages = torch.zeros((table.numel(), 2, layout.page_bytes), dtype=torch.uint8, device=device)
         keys, values = torch.randn(2, len(rows), 2, _CACHE_HEAD_DIM, device=device).half()

@@ -64,14 +64,18 @@ __device__ __forceinline__ void load_lane_head(const float* head, float (&x)[LAN
     for (int k = 0; k < LANE_PARTS; ++k) x[k] = lane + 32 * k < HEAD_DIM ? head[lane + 32 * k] : 0.0f;
 }
 
-__device__ __forceinline__ void transform_shared_head(float* head) {
+__device__ __forceinline__ void store_lane_head(const float (&x)[LANE_PARTS], float* head) {
     const int lane = threadIdx.x % 32;
-    float x[LANE_PARTS];
-    load_lane_head(head, x);
-    transform_lane_head(x);
 #pragma unroll
     for (int k = 0; k < LANE_PARTS; ++k) {
         if (lane + 32 * k < HEAD_DIM) head[lane + 32 * k] = x[k];
     }
     __syncwarp();
+}
+
+__device__ __forceinline__ void transform_shared_head(float* head) {
+    float x[LANE_PARTS];
+    load_lane_head(head, x);
+    transform_lane_head(x);
+    store_lane_head(x, head);
 }

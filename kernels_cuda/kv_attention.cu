@@ -4,17 +4,17 @@
 //   query      ELEMENT [n_sequences, n_heads * GROUP, HEAD_DIM], query_stride elements between sequences: before the
 //              norm (norm_weight) and before RoPE, which are applied here at position length - 1
 //   pages, page_table, rotary, norm_weight   as in kv_append.cu
-//   key_offset as in kv_append.cu; after RoPE turned to the middle of a page, by 31.5 positions
 //   page_turns half2 [SLOTS / 4][PAGE_TOKENS][4][2][2]: cosines, sines of rotary's first page for two channels each, by
-//              two slots, place, lane t and slot; KEY_MODE 2: cosine - sine and cosine + sine. After RoPE with an offset
-//              half2 [2][2][SLOTS / 4][32][4]: cosines, sines of half a page from its middle, see kv_offset.cuh
+//              two slots, place, lane t and slot; KEY_MODE 2: cosine - sine and cosine + sine
+//   key_offset as in kv_append.cu, for K before RoPE (after it, it adds the same to all scores of a query)
+//   key_scale  as in kv_append.cu: the query is multiplied by it after RoPE
 //   lengths    int32 [n_sequences], the new token included; 0 for an empty slot, whose output is 0
 //   out        ELEMENT [n_sequences, n_heads * GROUP, HEAD_DIM], contiguous
 //   partials   float32 [n_sequences, n_heads, n_splits, GROUP, STORED_DIM + 2], counters uint32 [n_sequences, n_heads],
 //              zero and left zero; n_splits > 1 only
 //
 // KEY_MODE says what is stored of K: 0 K after RoPE (with KEY_HADAMARD the query is transformed once instead), 1 K
-// before RoPE, 2 K before RoPE under the Hadamard; KEY_OFFSET: less a static offset, taken off before RoPE. V under the
+// before RoPE, 2 K before RoPE under the Hadamard; KEY_OFFSET: K before RoPE less a static offset. V under the
 // Hadamard (VALUE_HADAMARD): the output is transformed.
 //
 // How it works. A CTA has one head of one sequence, or one split of its pages; a warp takes every N_WARPS-th page, 16
@@ -36,7 +36,6 @@
 #include <cuda_fp16.h>
 
 #include "head_shared.cuh"
-#include "kv_offset.cuh"
 #include "kv_softmax.cuh"
 
 namespace {
@@ -47,8 +46,8 @@ constexpr int STAGE_WORDS = 4 * 32 * CHUNK_WORDS;
 constexpr int RANGE_WORDS = BITS < 16 ? 2 * PAGE_TOKENS : 0;  // of a page; of two, as no copy is more than a page ahead
 constexpr int ROWS = (QUERY_ROWS + N_WARPS - 1) / N_WARPS;  // of the queries, of a warp
 constexpr int QUERY_WORDS = QUERY_ROWS * QUERY_STRIDE;
-constexpr int TURN_WORDS = KEY_MODE ? PAGE_TOKENS * STORED_DIM / 2 : TURNS_OFFSET ? OFFSET_TURN_WORDS : 0;
-constexpr int OFFSET_WORDS = KEY_MODE && KEY_OFFSET ? STORED_DIM / 2 : TURNS_OFFSET ? N_WARPS * BIAS_WORDS : 0;
+constexpr int TURN_WORDS = KEY_MODE ? PAGE_TOKENS * STORED_DIM / 2 : 0;
+constexpr int OFFSET_WORDS = KEY_OFFSET ? STORED_DIM / 2 : 0;
 constexpr bool PARKS_OPERAND = KEY_MODE && STORED_DIM > 128;  // registers are short: the query's operand lies in shared
 constexpr int PARKED_WORDS = PARKS_OPERAND ? N_WARPS * 32 * HEAD_TILES * SLOTS : 0;
 constexpr int RING_WORDS = N_WARPS * (STAGES * STAGE_WORDS + 2 * RANGE_WORDS);
@@ -58,6 +57,7 @@ constexpr int SHARED_WORDS = QUERY_WORDS + TURN_WORDS + OFFSET_WORDS + PARKED_WO
 constexpr float LOG2_E = 1.44269504f;
 constexpr int RESIDENT_CTAS = MIN_CTAS > 2 && __CUDA_ARCH__ >= 1000 ? 2 : MIN_CTAS;  // its compiler needs more registers
 
+static_assert(KEY_MODE || !KEY_OFFSET, "after RoPE an offset changes nothing");
 static_assert(KEY_MODE == 0 || BITS < 16, "a float16 cache holds K after RoPE");
 static_assert(KEY_MODE != 2 || (BITS == 4 && (HEAD_DIM & (HEAD_DIM - 1)) == 0 && HEAD_DIM >= 64), "exact sums");
 static_assert(STAGES <= PAGE_STEPS + 1, "ranges of two pages");
@@ -100,9 +100,9 @@ struct Walk {
 extern "C" __global__ void __launch_bounds__(32 * N_WARPS, RESIDENT_CTAS)
 kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pages, const int* __restrict__ page_table,
              const int* __restrict__ lengths, const float2* __restrict__ rotary, const unsigned* __restrict__ page_turns,
-             const float* __restrict__ norm_weight, const float* __restrict__ key_offset, ELEMENT* __restrict__ out,
-             float* __restrict__ partials, unsigned* __restrict__ counters, int query_stride, int table_stride,
-             float epsilon, float softmax_scale) {
+             const float* __restrict__ norm_weight, const float* __restrict__ key_offset, const float* __restrict__ key_scale,
+             ELEMENT* __restrict__ out, float* __restrict__ partials, unsigned* __restrict__ counters, int query_stride,
+             int table_stride, float epsilon, float softmax_scale) {
     extern __shared__ __align__(16) unsigned shared[];
     float* queries = reinterpret_cast<float*>(shared);
     unsigned* turns = shared + QUERY_WORDS;
@@ -123,8 +123,12 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
         const bool exists = row < GROUP && channel < HEAD_DIM;
         rows[i / LANE_PARTS][i % LANE_PARTS] = exists ? static_cast<float>(source[row * HEAD_DIM + channel]) : 0.0f;
     }
-    float2 own_offset[CROSSED_PARTS];
-    if (TURNS_OFFSET) load_offset(key_offset + head * HEAD_DIM, own_offset);
+    float scales[LANE_PARTS];
+#pragma unroll
+    for (int k = 0; k < LANE_PARTS; ++k) {
+        const bool exists = KEY_MODE == 0 && key_scale != nullptr && lane + 32 * k < HEAD_DIM;
+        scales[k] = exists ? key_scale[head * HEAD_DIM + lane + 32 * k] : 1.0f;
+    }
     const int length = lengths[sequence], position = length - 1;
     ELEMENT* target = out + (static_cast<long long>(sequence) * n_heads + head) * GROUP * HEAD_DIM;
     if (length <= 0) {
@@ -153,7 +157,7 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
         walk.start_copy(step / PAGE_STEPS, step % PAGE_STEPS == 0, own_ring + step * STAGE_WORDS * 4);
     }
 
-    for (int i = threadIdx.x; KEY_MODE && i < OFFSET_WORDS; i += 32 * N_WARPS) {  // [slot / 4][t][slot % 4]
+    for (int i = threadIdx.x; i < OFFSET_WORDS; i += 32 * N_WARPS) {  // [slot / 4][t][slot % 4]
         const int slot = i / 16 * 4 + i % 4, half = slot / (SLOTS / 2);
         const int channel = key_channel(half, i / 4 % 4 * SLOTS + slot % (SLOTS / 2) * 2);
         const float* row = key_offset + head * HEAD_DIM;
@@ -165,7 +169,6 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
         }
         offsets[i] = as_word(__floats2half2_rn(pair[0], pair[1]));
     }
-    float2 crossed[ROWS][CROSSED_PARTS];
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
         const int row = warp + i * N_WARPS;
@@ -178,9 +181,14 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
         __syncwarp();
         if (row >= GROUP) continue;
         if (norm_weight != nullptr) norm_head(own, norm_weight, epsilon);
-        if (TURNS_OFFSET) cross_head(own, own_offset, crossed[i]);
-        if (KEY_MODE == 0) rotate_head(own, rotary + static_cast<long long>(position) * (HEAD_DIM / 2));
-        if (KEY_MODE == 0 && KEY_HADAMARD) transform_shared_head(own);
+        if (KEY_MODE != 0) continue;
+        rotate_head(own, rotary + static_cast<long long>(position) * (HEAD_DIM / 2));
+        float turned[LANE_PARTS];
+        load_lane_head(own, turned);
+#pragma unroll
+        for (int k = 0; k < LANE_PARTS; ++k) turned[k] *= scales[k];
+        if (KEY_HADAMARD) transform_lane_head(turned);
+        store_lane_head(turned, own);
     }
     copy_wait<STAGES - 1>();
     __syncthreads();
@@ -191,40 +199,23 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
         query_operand<false>(queries, nullptr, g, t, operand);
         query_sums(operand, t, sums);
     }
-    if (TURNS_OFFSET) {
-        __syncthreads();
-#pragma unroll
-        for (int i = 0; i < ROWS; ++i) {
-            const int row = warp + i * N_WARPS;
-            if (row < GROUP) store_crossed(crossed[i], queries + row * QUERY_STRIDE);
-        }
-        __syncthreads();
-    }
     const Hadamard16 hadamard(g, t);
     Softmax softmax(__shfl_sync(ALL_LANES, softmax_scale * (LOG2_E * KEY_UNIT), lane));
     const __half2 spike_unit = __floats2half2_rn(t == 0 ? SPIKE_UNIT : 0.0f, 0.0f);
     const unsigned lane_offsets = shared_address(offsets + t * 4), lane_turns = shared_address(turns + (g * 4 + t) * 4);
     const unsigned lane_ranges = kept(own_ranges + g * 8);
-    unsigned* own_biases = offsets + (TURNS_OFFSET ? warp * BIAS_WORDS : 0);
-    const int column = ABREAST > 1 ? 2 * t % GROUP : 2 * t;  // of the first of the pages abreast
-    const unsigned lane_biases = shared_address(own_biases + g * 8 + column);
-    const unsigned lane_table = shared_address(turns + lane * 4);
     const unsigned last_stage = own_ring + (STAGES - 1) * STAGE_WORDS * 4;
     unsigned free_stage = last_stage;
     int left = length - first * PAGE_TOKENS;
 
 #pragma unroll 1
     for (int page = 0; page < walk.n_pages; ++page, left -= N_WARPS * PAGE_TOKENS) {
-        const int slot = page % ABREAST;
-        if ((KEY_MODE || KEY_OFFSET) && slot == 0) {
-            const int next = ABREAST > 1 ? min(g / GROUP, walk.n_pages - 1 - page) : 0;
+        const int slot = page % TOGETHER;
+        if (KEY_MODE && slot == 0) {
+            const int next = TOGETHER > 1 ? min(g / GROUP, walk.n_pages - 1 - page) : 0;
             const int turn = position - (first + (page + next) * N_WARPS) * PAGE_TOKENS;
             const float2* turned_by = rotary + static_cast<long long>(turn) * (HEAD_DIM / 2);
-            if constexpr (TURNS_OFFSET) {
-                offset_scores(queries, turned_by, lane_table, g, t, reinterpret_cast<float*>(own_biases));
-            } else {
-                query_operand<true>(queries, turned_by, g, t, operand);
-            }
+            query_operand<true>(queries, turned_by, g, t, operand);
 #pragma unroll
             for (int i = 0; PARKS_OPERAND && i < HEAD_TILES * SLOTS; ++i) {
                 parked[i * 32 * N_WARPS] = operand[i / SLOTS][i % SLOTS];
@@ -233,7 +224,6 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
         const bool odd = TOGETHER == 8 && slot % 2;  // one query: which of the lane's columns may be this page's
         int lane_left = TOGETHER == 1 || (2 * t + odd) / GROUP == slot ? left - g : 0;
         unsigned ranges = lane_ranges + page % 2 * RANGE_WORDS * 4, page_turn = lane_turns;
-        unsigned bias = lane_biases + slot * GROUP * 4;
         const int n_parts = min(PAGE_STEPS, (left + STEP_TOKENS - 1) / STEP_TOKENS);
 #pragma unroll 1
         for (int part = 0; part < n_parts; ++part) {
@@ -295,11 +285,6 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
                 }
             }
             float scores[HEAD_TILES][2][LANE_COLUMNS];
-            unsigned bias_words[HEAD_TILES][2][LANE_COLUMNS] = {};
-#pragma unroll
-            for (int i = 0; TURNS_OFFSET && i < 2 * HEAD_TILES; ++i) {
-                read_shared<LANE_COLUMNS>(bias + (i / 2 * PAGE_TOKENS + i % 2 * 8) * 32, bias_words[i / 2][i % 2]);
-            }
 #pragma unroll
             for (int i = 0; i < 2 * LANE_COLUMNS * HEAD_TILES; ++i) {
                 const int tile = i / 2 / LANE_COLUMNS, row = i % 2, j = i / 2 % LANE_COLUMNS, n = 2 * row + j;
@@ -309,7 +294,6 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
                     const float2 range = __half22float2(as_half2(key_ranges[row]));
                     score = score * (range.x * CODE_UNIT) + range.y * sums[tile][j];
                 }
-                if (TURNS_OFFSET) score += __uint_as_float(bias_words[tile][row][j]);
                 scores[tile][row][j] = exists[row] ? score : minus_infinity();
             }
             softmax.refer(scores);
@@ -326,7 +310,6 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
             lane_left -= STEP_TOKENS;
             ranges += STEP_TOKENS * 8;
             page_turn += STEP_TOKENS * 64;
-            bias += STEP_TOKENS * 32;
         }
     }
 

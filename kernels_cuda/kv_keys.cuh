@@ -7,11 +7,10 @@
 
 constexpr int HEAD_TILES = (GROUP + 7) / 8;
 constexpr int QUERY_STRIDE = STORED_DIM + 8;  // words, so that eight heads lie on different banks
-// What is turned for a page, queries before RoPE or what an offset after it needs, is turned for the next pages, too, in
-// columns of mma that no other query takes.
-constexpr int ABREAST = (KEY_MODE || KEY_OFFSET) && (GROUP == 1 || GROUP == 2 || GROUP == 4) ? 8 / GROUP : 1;
-constexpr int TOGETHER = KEY_MODE ? ABREAST : 1;  // pages whose scores lie in columns of their own
-constexpr int QUERY_ROWS = ABREAST > 1 ? GROUP : HEAD_TILES * 8;
+// Pages whose scores lie in columns of their own: K before RoPE meets queries turned for its page, and those of the next
+// pages are turned with them, in columns of mma that no other query takes.
+constexpr int TOGETHER = KEY_MODE && (GROUP == 1 || GROUP == 2 || GROUP == 4) ? 8 / GROUP : 1;
+constexpr int QUERY_ROWS = TOGETHER > 1 ? GROUP : HEAD_TILES * 8;
 constexpr int LANE_COLUMNS = GROUP == 1 ? 1 : 2;  // columns of mma that a lane looks at
 // KEY_MODE 2 rebuilds K over KEY_UNIT, so that the transform's factors are powers of two: a half holds them.
 constexpr float KEY_UNIT = KEY_MODE == 2 && HEAD_DIM == 128 ? 1.41421356f : 1.0f;
@@ -154,7 +153,7 @@ __device__ __forceinline__ void head_slot(const float* head, const float2* turns
 
 // The head whose channels a lane gives to mma's column g.
 __device__ __forceinline__ const float* head_of(const float* heads, int tile, int g) {
-    return heads + (ABREAST > 1 ? g % GROUP : tile * 8 + g) * QUERY_STRIDE;
+    return heads + (TOGETHER > 1 ? g % GROUP : tile * 8 + g) * QUERY_STRIDE;
 }
 
 template <bool TURNED>

@@ -1,8 +1,8 @@
 // kv_read: K after RoPE and V of cached tokens, as attention over a whole prompt reads them. Per token and head, in
-// float32: x = code * scale + minimum; x = x H where it was coded so; k = k + key_offset with RoPE:
-// before RoPE both are turned, after RoPE the offset alone.
+// float32: x = code * scale + minimum; x = x H where it was coded so; before RoPE k = k + key_offset, turned; after it
+// k = k * key_scale + key_offset.
 //
-//   pages, page_table, rows, positions, rotary, key_offset   as in kv_append.cu; no position may be negative
+//   pages, page_table, rows, positions, rotary, key_offset, key_scale   as in kv_append.cu; no position may be negative
 //   keys, values   ELEMENT [n_tokens, n_heads, HEAD_DIM], contiguous
 //
 //   launch: block 128, grid ceil(2 * n_tokens * n_heads / 4): a warp makes one head of K or of V
@@ -26,8 +26,9 @@ constexpr int WARPS = 4;
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
 kv_read(const unsigned* __restrict__ pages, const int* __restrict__ page_table, const int* __restrict__ rows,
         const int* __restrict__ positions, const float2* __restrict__ rotary, const float* __restrict__ key_offset,
-        ELEMENT* __restrict__ keys, ELEMENT* __restrict__ values, int n_tokens, int n_heads, int table_stride) {
-    __shared__ float heads[WARPS][HEAD_DIM], offsets[WARPS][HEAD_DIM];
+        const float* __restrict__ key_scale, ELEMENT* __restrict__ keys, ELEMENT* __restrict__ values, int n_tokens,
+        int n_heads, int table_stride) {
+    __shared__ float heads[WARPS][HEAD_DIM];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int item = blockIdx.x * WARPS + warp;
     const int token = item / (2 * n_heads), head = item / 2 % n_heads;
@@ -54,17 +55,14 @@ kv_read(const unsigned* __restrict__ pages, const int* __restrict__ page_table, 
     }
     __syncwarp();
     if (is_key ? KEY_HADAMARD : VALUE_HADAMARD) transform_shared_head(x);
-    const float2* turns = rotary + static_cast<long long>(position) * (HEAD_DIM / 2);
     if (is_key && key_offset != nullptr) {
-        const float* own = key_offset + head * HEAD_DIM;
-        float* offset = offsets[warp];
-        for (int i = lane; i < HEAD_DIM; i += 32) offset[i] = own[i];
-        __syncwarp();
-        if (KEY_AFTER_ROPE) rotate_head(offset, turns);
-        for (int i = lane; i < HEAD_DIM; i += 32) x[i] = ieee::add(x[i], offset[i]);
+        for (int i = lane; i < HEAD_DIM; i += 32) {
+            const int at = head * HEAD_DIM + i;
+            x[i] = ieee::add(KEY_AFTER_ROPE ? ieee::mul(x[i], key_scale[at]) : x[i], key_offset[at]);
+        }
         __syncwarp();
     }
-    if (is_key && !KEY_AFTER_ROPE) rotate_head(x, turns);
+    if (is_key && !KEY_AFTER_ROPE) rotate_head(x, rotary + static_cast<long long>(position) * (HEAD_DIM / 2));
     ELEMENT* target = (is_key ? keys : values) + (static_cast<long long>(token) * n_heads + head) * HEAD_DIM;
     for (int i = lane; i < HEAD_DIM; i += 32) target[i] = static_cast<ELEMENT>(x[i]);
 }

@@ -87,7 +87,7 @@ def test_the_cache_is_the_default_presets_unless_it_is_asked_for():
     told = {place: describe_cache(tiny_decoder("w4a4", 1, place)) for place in ("before_rope", "after_rope")}
     assert told == {
         "before_rope": "4 bits, K before RoPE less an offset, Hadamard",
-        "after_rope": "4 bits, K after RoPE less an offset, Hadamard",
+        "after_rope": "4 bits, K after RoPE, balanced, Hadamard",
     }
     assert describe_cache(tiny_decoder("int8", 1, "before_rope")) == "8 bits, K after RoPE"
 

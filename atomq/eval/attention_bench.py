@@ -20,11 +20,12 @@ from atomq.eval.gemm_timing import Launch, n_copies, time_in_turns
 from atomq.kernels.kv_cache import decode_attention
 from atomq.kernels.kv_pages import HeadParameters, PageFormat
 from atomq.runtime.decoder import pages_for
+from atomq.runtime.random_decoder import random_balance
 
 CACHES = {
     "int4 after RoPE, Hadamard": KVScheme(4, key_position="after_rope", rotation="hadamard"),
-    "int4 after RoPE, Hadamard, offset": KVScheme(
-        4, key_position="after_rope", rotation="hadamard", key_offset=True
+    "int4 after RoPE, Hadamard, balanced": KVScheme(
+        4, key_position="after_rope", rotation="hadamard", key_balance=True
     ),
     "int4 before RoPE": KVScheme(4),
     "int4 before RoPE, Hadamard": KVScheme(4, rotation="hadamard"),
@@ -68,8 +69,7 @@ def bench(case: Case, bandwidth: float, on_left_out: Callable[[str], None]) -> I
     launches: dict[str, tuple[list[Launch], int]] = {}
     for name, layout in layouts(case.n_heads, case.head_dim).items():
         moved = case.batch * case.context * layout.token_bytes
-        has_offset = CACHES[name].has_key_offset
-        launches[name] = (_ours(case, layout, has_offset, n_copies(moved)), moved)
+        launches[name] = (_ours(case, layout, CACHES[name], n_copies(moved)), moved)
     moved = 4 * case.batch * case.context * case.n_heads * case.head_dim
     for name, make in peers().items():
         try:
@@ -82,13 +82,13 @@ def bench(case: Case, bandwidth: float, on_left_out: Callable[[str], None]) -> I
         yield Result(name, case, timing.graph_us, timing.graph_p10_us, timing.graph_p90_us, moved, floor)
 
 
-def _ours(case: Case, layout: PageFormat, has_offset: bool, copies: int) -> list[Launch]:
+def _ours(case: Case, layout: PageFormat, scheme: KVScheme, copies: int) -> list[Launch]:
     angles = torch.arange(max(64, case.context), device="cuda")[:, None] * torch.logspace(
         0, -4, case.head_dim // 2, device="cuda"
     )
     rotary = torch.stack((angles.cos(), angles.sin()), dim=-1).contiguous()
-    offset = torch.randn(case.n_heads, case.head_dim, device="cuda") if has_offset else None
-    heads = HeadParameters.of(rotary, case.head_dim**-0.5, key_offset=offset)
+    offset, scale = random_balance(scheme, layout, "cuda")
+    heads = HeadParameters.of(rotary, case.head_dim**-0.5, key_offset=offset, key_scale=scale)
     query = normal(case.batch, case.n_heads * case.group, case.head_dim)
     lengths = torch.full((case.batch,), case.context, dtype=torch.int32, device="cuda")
     per_row = pages_for(case.context)

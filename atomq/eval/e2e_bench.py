@@ -108,7 +108,10 @@ def describe_cache(decoder: Decoder) -> str:
     """What a decoder's pages hold, in words."""
     layout = decoder.layout
     position = "before" if layout.key_mode else "after"
-    offset = " less an offset" if decoder.blocks[0].heads.key_offset is not None else ""
+    heads = decoder.blocks[0].heads
+    offset = (
+        "" if heads.key_offset is None else " less an offset" if heads.key_scale is None else ", balanced"
+    )
     rotation = ", Hadamard" if layout.rotates_keys else ""
     return f"{layout.n_bits} bits, K {position} RoPE{offset}{rotation}"
 

@@ -71,6 +71,7 @@ def append_kv(
         heads.rotary,
         heads.key_norm,
         heads.key_offset,
+        heads.key_scale,
         n_tokens,
         layout.n_heads,
         keys.stride(0),
@@ -108,8 +109,20 @@ def read_kv(
     keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
     if n_tokens:
         kernel = compile_kernel("kv_read", **append_defines(layout, dtype))
-        sizes = (n_tokens, layout.n_heads, table.stride(0))
-        arguments = (pages, table, rows, positions, heads.rotary, heads.key_offset, keys, values, *sizes)
+        arguments = (
+            pages,
+            table,
+            rows,
+            positions,
+            heads.rotary,
+            heads.key_offset,
+            heads.key_scale,
+            keys,
+            values,
+            n_tokens,
+            layout.n_heads,
+            table.stride(0),
+        )
         n_ctas = math.ceil(2 * n_tokens * layout.n_heads / _WARPS)
         launch(kernel, (n_ctas,), (32 * _WARPS,), arguments, device=device)
     return keys, values
@@ -151,8 +164,6 @@ def decode_attention(
     _check_pages("decode_attention", pages, table, layout, heads)
     if layout.key_mode and (heads.page_turns is None or heads.page_turns.shape[1] * 32 != layout.stored_dim):
         raise KernelError("decode_attention: K before RoPE needs page_turns; make heads by HeadParameters.of")
-    if heads.key_offset is not None and heads.middle_offset is None:
-        raise KernelError("decode_attention: key_offset needs middle_offset; make heads by HeadParameters.of")
     check_operand(
         "decode_attention", "lengths", lengths, dtype=torch.int32, shape=(n_sequences,), device=device
     )
@@ -171,9 +182,9 @@ def decode_attention(
         counters = _counters(device, n_items)
     defines = attention_defines(layout, query.dtype, group, heads.key_offset is not None)
     kernel = compile_kernel("kv_attention", **defines)
-    turns, offset = heads.middle_turns, heads.middle_offset
+    turns = None
     if layout.key_mode and heads.page_turns is not None:
-        turns, offset = heads.page_turns[layout.key_mode - 1], heads.key_offset
+        turns = heads.page_turns[layout.key_mode - 1]
     arguments = (
         query,
         pages,
@@ -182,7 +193,8 @@ def decode_attention(
         heads.rotary,
         turns,
         heads.query_norm,
-        offset,
+        heads.key_offset,
+        heads.key_scale,
         out,
         partials,
         counters,
@@ -218,19 +230,16 @@ def attention_defines(
 ) -> dict[str, int | str]:
     """The parameters of `kv_attention.cu`; as many stages as a warp's share of shared memory holds."""
     mode, dim = layout.key_mode, layout.stored_dim
+    adds_offset = mode > 0 and has_offset
     tiles = math.ceil(group / 8)
     stage_words, range_words = dim * layout.n_bits, 2 * PAGE_TOKENS if layout.n_bits < 16 else 0
-    is_abreast = (mode > 0 or has_offset) and group in (1, 2, 4)  # the kernel's ABREAST
-    query_rows = group if is_abreast else tiles * 8
+    query_rows = group if mode and group in (1, 2, 4) else tiles * 8
     fixed_words = query_rows * (dim + 8)
     if mode:
-        fixed_words += 32 * dim + (dim // 2 if has_offset else 0)
-    elif has_offset:  # the kernel's OFFSET_TURN_WORDS and BIAS_WORDS
-        fixed_words += 16 * dim + _WARPS * tiles * PAGE_TOKENS * 8
+        fixed_words += 32 * dim + (dim // 2 if adds_offset else 0)
     if mode and dim > 128:  # the kernel's PARKS_OPERAND
         fixed_words += _WARPS * 32 * tiles * (dim // 8)
-    is_short = mode > 0 or (has_offset and not is_abreast)  # of shared memory
-    ring_bytes = _SHORT_RING_BYTES if is_short else _RING_BYTES
+    ring_bytes = _SHORT_RING_BYTES if mode else _RING_BYTES
     stages = max(2, min(_PAGE_STEPS + 1, ring_bytes // (4 * stage_words + range_words * 4 // _PAGE_STEPS)))
     ring_words = max(_WARPS * (stages * stage_words + 2 * range_words), _WARPS * group * (dim + 2))
     is_large = dim * tiles > 128 or layout.n_bits == 16
@@ -242,7 +251,7 @@ def attention_defines(
         "KEY_MODE": mode,
         "KEY_HADAMARD": int(layout.rotates_keys),
         "VALUE_HADAMARD": int(layout.rotates_values),
-        "KEY_OFFSET": int(has_offset),
+        "KEY_OFFSET": int(adds_offset),
         "N_WARPS": _WARPS,
         "STAGES": stages,
         "MIN_CTAS": 2 if is_large else 4 if mode == 0 or layout.n_bits == 4 else 3,
@@ -276,9 +285,13 @@ def _check_pages(
     for name, norm in (("query_norm", heads.query_norm), ("key_norm", heads.key_norm)):
         if norm is not None:
             check(name, norm, dtype=torch.float32, shape=(layout.head_dim,))
-    if heads.key_offset is not None:
-        shape_of_offset = (layout.n_heads, layout.head_dim)
-        check("key_offset", heads.key_offset, dtype=torch.float32, shape=shape_of_offset)
+    for name, of_key in (("key_offset", heads.key_offset), ("key_scale", heads.key_scale)):
+        if of_key is not None:
+            check(name, of_key, dtype=torch.float32, shape=(layout.n_heads, layout.head_dim))
+    if layout.key_position == "before_rope" and heads.key_scale is not None:
+        raise KernelError(f"{kernel}: key_scale; it divides K after RoPE, and these pages hold K before it")
+    if layout.key_position == "after_rope" and (heads.key_offset is None) != (heads.key_scale is None):
+        raise KernelError(f"{kernel}: key_offset or key_scale alone; K after RoPE takes both or neither")
 
 
 _COUNTERS: dict[tuple[torch.device, int], torch.Tensor] = {}

@@ -122,11 +122,11 @@ class HeadParameters(NamedTuple):
         softmax_scale: factor of the scores.
         query_norm, key_norm: weights [head_dim] of the RMS norms of a head before RoPE, or None.
         epsilon: of the norms.
-        key_offset: [n_heads, head_dim], taken off K before RoPE and added back, turned with K; or None.
+        key_offset: [n_heads, head_dim], taken off K where it is coded, before or after RoPE; or None.
+        key_scale: [n_heads, head_dim], of K after RoPE with `key_offset`: K less its offset is divided by it;
+            or None. A query is multiplied by it instead of K, and the offset adds the same to all its scores.
         page_turns: `rotary`'s first page as the decode kernel reads it, for K before RoPE: as it is, and as
             it turns what the Hadamard makes of K's halves (see `rebuild` of kv_keys.cuh).
-        middle_offset, middle_turns: for K after RoPE with an offset (see kv_offset.cuh): the offset turned to
-            the middle of a page, and the turns of half a page from there.
     """
 
     rotary: torch.Tensor
@@ -135,9 +135,8 @@ class HeadParameters(NamedTuple):
     key_norm: torch.Tensor | None = None
     epsilon: float = 0.0
     key_offset: torch.Tensor | None = None
+    key_scale: torch.Tensor | None = None
     page_turns: torch.Tensor | None = None
-    middle_offset: torch.Tensor | None = None
-    middle_turns: torch.Tensor | None = None
 
     @classmethod
     def of(
@@ -148,6 +147,7 @@ class HeadParameters(NamedTuple):
         key_norm: torch.Tensor | None = None,
         epsilon: float = 0.0,
         key_offset: torch.Tensor | None = None,
+        key_scale: torch.Tensor | None = None,
     ) -> HeadParameters:
         """With the turns of a page made of `rotary`, which has at least a page of positions."""
         n_angles = rotary.shape[1]
@@ -158,27 +158,7 @@ class HeadParameters(NamedTuple):
             PAGE_TOKENS, 4, -1, 2, 2, 2, 2
         )  # place, t, two slots, slot, channel, kind, part
         page_turns = by_lane.permute(5, 2, 0, 1, 3, 6, 4).half().contiguous()
-        middle = (None, None) if key_offset is None else _middle(rotary, key_offset)
-        return cls(rotary, softmax_scale, query_norm, key_norm, epsilon, key_offset, page_turns, *middle)
-
-
-def _middle(rotary: torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`HeadParameters.middle_offset` and `middle_turns`, the latter half [2, 2, slots / 4, 32, 4, 2].
-
-    Of the two halves of a turn by one position either will do, as both tensors have the same.
-    """
-    turns = torch.view_as_complex(rotary[: PAGE_TOKENS // 2].double())
-    half_turn = torch.polar(torch.ones_like(turns[1].real), turns[1].angle() / 2)
-    to_middle = turns[-1] / turns[-1].abs() * half_turn
-    low, high = offset.double().chunk(2, dim=-1)
-    turned = torch.complex(low, high) * to_middle
-    n_angles = rotary.shape[1]
-    places = torch.view_as_real(turns * half_turn)
-    places = torch.nn.functional.pad(places, (0, 0, 0, math.ceil(n_angles / 16) * 16 - n_angles))
-    # rows of 16, row / 8, row % 8; lane t, two slots, slot, channel; cosine or sine
-    by_lane = places.reshape(2, 2, 8, 4, -1, 2, 2, 2).permute(7, 0, 4, 2, 3, 5, 1, 6)
-    middle_turns = by_lane.half().contiguous().view(2, 2, -1, 32, 4, 2)
-    return torch.cat((turned.real, turned.imag), dim=-1).float(), middle_turns
+        return cls(rotary, softmax_scale, query_norm, key_norm, epsilon, key_offset, key_scale, page_turns)
 
 
 @functools.cache

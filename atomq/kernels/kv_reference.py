@@ -87,11 +87,11 @@ def read_kv(
         keys = butterflies(keys)
     if layout.rotates_values:
         values = butterflies(values)
-    before = layout.key_position == "before_rope"
+    if heads.key_scale is not None:
+        keys = keys * heads.key_scale
     if heads.key_offset is not None:
-        offset = heads.key_offset[None]
-        keys = keys + (offset if before else rotate(offset, positions, heads))
-    if before:
+        keys = keys + heads.key_offset
+    if layout.key_position == "before_rope":
         keys = rotate(keys, positions, heads)
     return keys.to(dtype), values.to(dtype)
 
@@ -99,12 +99,14 @@ def read_kv(
 def coded_keys(
     keys: torch.Tensor, positions: torch.Tensor, layout: PageFormat, heads: HeadParameters
 ) -> torch.Tensor:
-    """K [T, H, head_dim] in float32 as it is coded: normed, less its offset, turned, transformed."""
+    """K [T, H, head_dim] in float32 as it is coded, but for the rounding to codes."""
     x = head_norm(keys.float(), heads.key_norm, heads.epsilon)
-    if heads.key_offset is not None:
-        x = x - heads.key_offset
     if layout.key_position == "after_rope":
         x = rotate(x, positions, heads)
+    if heads.key_offset is not None:
+        x = x - heads.key_offset
+    if heads.key_scale is not None:
+        x = x / heads.key_scale
     return butterflies(x) if layout.rotates_keys else x
 
 

@@ -59,11 +59,20 @@ SHAPES: dict[str, DecoderShape] = {
 
 
 def cache_scheme(key_position: KeyPosition | None = None) -> KVScheme:
-    """What the default preset stores of K and V; with `key_position`, K coded there."""
+    """What the default preset stores of K and V.
+
+    With `key_position`, K is coded there, less an offset if the preset's is, balanced after RoPE.
+    """
     kv = find_preset(DEFAULT_PRESET).scheme.kv
     if key_position is None:
         return kv
-    return replace(kv, key_position=key_position)
+    is_before, less_an_offset = key_position == "before_rope", kv.key_offset or kv.key_balance
+    return replace(
+        kv,
+        key_position=key_position,
+        key_offset=less_an_offset and is_before,
+        key_balance=less_an_offset and not is_before,
+    )
 
 
 def cache_layout(shape: DecoderShape, scheme: Scheme, kv: KVScheme) -> PageFormat:
@@ -75,6 +84,16 @@ def cache_layout(shape: DecoderShape, scheme: Scheme, kv: KVScheme) -> PageForma
             return PageFormat(shape.n_kv_heads, shape.head_dim, 8, "after_rope")
         case _:
             return PageFormat(shape.n_kv_heads, shape.head_dim, 16, "after_rope")
+
+
+def random_balance(
+    kv: KVScheme, layout: PageFormat, device: torch.device | str
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """`HeadParameters.key_offset` and `key_scale`, each if the scheme has it; scales lie around 1."""
+    shape = (layout.n_heads, layout.head_dim)
+    offset = torch.randn(shape, device=device) if kv.has_key_offset else None
+    scale = torch.rand(shape, device=device) + 0.5 if kv.has_key_scale else None
+    return offset, scale
 
 
 def random_decoder(
@@ -91,11 +110,12 @@ def random_decoder(
     """
     kv = cache_scheme(key_position)
     layout = cache_layout(shape, scheme, kv)
-    offset = None
-    if kv.has_key_offset and layout.n_bits == kv.n_bits:
-        offset = torch.randn(shape.n_kv_heads, shape.head_dim, device=device)
+    offset, scale = random_balance(kv if layout.n_bits == kv.n_bits else KVScheme(), layout, device)
     heads = HeadParameters.of(
-        _rotary(shape.head_dim, max_positions, device), shape.head_dim**-0.5, key_offset=offset
+        _rotary(shape.head_dim, max_positions, device),
+        shape.head_dim**-0.5,
+        key_offset=offset,
+        key_scale=scale,
     )
     make = _maker(scheme, device)
     norm = Norm(torch.ones(shape.hidden, device=device), _EPSILON)
