@@ -74,7 +74,7 @@ LAW = {
     "eval": {"numerics", "kernels", "models", "formats", "runtime"},
     "rotation_choice": {"block_loop", "eval", "formats", "models"},
     "block_quantizer": {"clip_choice", "key_statistics", "method", "models", "numerics"},
-    "key_statistics": {"method", "models"},
+    "key_statistics": {"method", "models", "numerics"},
     "clip_choice": {"method", "models", "numerics"},
     "block_loop": {"block_quantizer", "method", "models", "numerics"},
     "report": {"formats", "numerics"},
