@@ -60,6 +60,7 @@ _PROGRESSIVE = {
     "weights.channel_group": 1,
     "activations.scale_mode": "progressive",
 }
+_KEY_BALANCE = {"kv.key_position": "after_rope", "kv.key_balance": True}
 
 LADDER: tuple[Rung, ...] = (
     Rung("rtn", "RTN, scale per row and token", None, _ROUNDED),
@@ -75,9 +76,9 @@ LADDER: tuple[Rung, ...] = (
     Rung("descent", "+ coordinate descent = atomq KV16", "asymmetry", {"solver.descent_sweeps": 4}),
     Rung("plain-kv4", "+ KV4", "descent", {"kv.n_bits": 4}),
     Rung("kv-hadamard", "+ Hadamard on K and V", "plain-kv4", {"kv.rotation": "hadamard"}),
-    Rung("key-offset", "+ offset of K = atomq", "kv-hadamard", {"kv.key_offset": True}),
-    Rung(REFINED, "+ refinement", "key-offset", {"solver.refine_steps": REFINE_STEPS}),
-    Rung("atomq-fast", "atomq-fast", "key-offset", _PROGRESSIVE),
+    Rung("key-balance", "+ balance of K after RoPE = atomq", "kv-hadamard", _KEY_BALANCE),
+    Rung(REFINED, "+ refinement", "key-balance", {"solver.refine_steps": REFINE_STEPS}),
+    Rung("atomq-fast", "atomq-fast", "key-balance", _PROGRESSIVE),
 )
 
 

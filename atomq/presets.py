@@ -25,7 +25,7 @@ REFINE_STEPS = 200  # what `--refine` sets
 
 # What `atom` stores and computes with; the presets of atomq differ in how it is found, and in transforms.
 _OUTLIERS = OutlierScheme(n_outliers=128, precision="int8", metric="hessian", reorder=True)
-_KV4 = KVScheme(n_bits=4, rotation="hadamard", key_offset=True)
+_KV4 = KVScheme(n_bits=4, key_position="after_rope", rotation="hadamard", key_balance=True)
 _SOLVER = SolverConfig(
     method="gptq", clip_search="hessian", descent_sweeps=4, asymmetry=0.5, asymmetry_damp=1.0
 )

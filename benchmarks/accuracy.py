@@ -40,7 +40,7 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
     "atomq --refine": ("atomq", ["solver.refine_steps=200"]),
     "atomq": ("atomq", []),
     "atom": ("atom", []),
-    "atomq KV16": ("atomq", [KV16, "kv.key_offset=false"]),
+    "atomq KV16": ("atomq", [KV16]),
     "atom KV16": ("atom", [KV16]),
     "atomq-fast": ("atomq-fast", []),
     "w4a16-int8": ("w4a16-int8", []),

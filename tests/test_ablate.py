@@ -19,7 +19,8 @@ from atomq.ladder import LADDER, REFINED, choose_rungs, rung
 from atomq.presets import PRESETS, REFINE_STEPS, changed_settings
 from atomq.report.records import ladder
 
-KV16 = {"kv.n_bits": 16, "kv.key_offset": False, "kv.rotation": "none"}
+BEFORE_ROPE = {"kv.key_position": "before_rope", "kv.key_balance": False}
+KV16 = {"kv.n_bits": 16, "kv.rotation": "none"} | BEFORE_ROPE
 NAMES = [r.name for r in LADDER]
 # Rung -> the rung that it differs from, and all settings that differ.
 STEPS = {
@@ -47,10 +48,10 @@ STEPS = {
     "descent": ("asymmetry", {"solver.descent_sweeps": 4}),
     "plain-kv4": ("descent", {"kv.n_bits": 4}),
     "kv-hadamard": ("plain-kv4", {"kv.rotation": "hadamard"}),
-    "key-offset": ("kv-hadamard", {"kv.key_offset": True}),
-    REFINED: ("key-offset", {"solver.refine_steps": 200}),
+    "key-balance": ("kv-hadamard", {"kv.key_position": "after_rope", "kv.key_balance": True}),
+    REFINED: ("key-balance", {"solver.refine_steps": 200}),
     "atomq-fast": (
-        "key-offset",
+        "key-balance",
         {
             "weights.scale_mode": "progressive",
             "weights.channel_group": 1,
@@ -125,7 +126,7 @@ def test_the_first_rung_rounds_with_one_scale_per_row_and_token():
         ("gptq", "atom", {"kv.n_bits": 16}),
         ("kv4", "atom", {}),
         ("descent", "atomq", KV16),
-        ("key-offset", "atomq", {}),
+        ("key-balance", "atomq", {}),
         (REFINED, "atomq", {"solver.refine_steps": REFINE_STEPS}),
         ("atomq-fast", "atomq-fast", {}),
     ],
@@ -166,7 +167,7 @@ def test_the_whole_ladder_leaves_a_table_json_and_a_picture(model, tmp_path, tex
             assert not row["resumed"]
     assert rows["float"]["kl"] is None
     assert rows["gptq"]["effective_bits"] == rows["descent"]["effective_bits"]
-    assert rows["key-offset"]["effective_bits"] == rows["kv4"]["effective_bits"]
+    assert rows["key-balance"]["effective_bits"] == rows["kv4"]["effective_bits"]
     assert [rows[n]["effective_bits"]["kv"] for n in ("float", "gptq")] == [16, 16]
     assert (
         rows["outliers-fp16"]["effective_bits"]["weight"] > rows["outliers-int8"]["effective_bits"]["weight"]

@@ -406,10 +406,11 @@ def test_preset_atomq_takes_no_more_bits_than_atom():
     assert bits["atom"] == bits["atomq"]
 
 
-def test_a_float_cache_has_no_key_offset_whatever_the_preset_says():
+def test_a_float_cache_has_no_balance_whatever_the_preset_says():
     recipe = override(find_preset("atomq"), {"kv.n_bits": 16})
-    assert recipe.scheme.kv.key_offset
+    assert recipe.scheme.kv.key_balance
     assert not recipe.scheme.kv.has_key_offset
+    assert not recipe.scheme.kv.has_key_scale
 
 
 @pytest.mark.parametrize(

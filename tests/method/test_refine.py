@@ -70,7 +70,7 @@ def test_the_loss_is_each_tokens_squared_error_over_its_size():
 
 def recipe_of(*settings: str):
     small = ["weights.group_size=16", "activations.group_size=16", "outliers.n_outliers=8"]
-    small += ["solver.asymmetry=0", "solver.descent_sweeps=0", "kv.key_offset=false"]
+    small += ["solver.asymmetry=0", "solver.descent_sweeps=0", "kv.key_balance=false"]
     return build_recipe("atomq", {}, None, [*small, *settings])
 
 
