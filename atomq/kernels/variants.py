@@ -76,7 +76,7 @@ def all_variants() -> Iterator[tuple[str, str, Mapping[str, int | str]]]:
             yield "dequantize_kv", arch, heads
         for before in (0, 1, 2):
             for quantize in (0, 1):
-                yield "rows", arch, {"ELEMENT": "__half", "PROLOGUE": before, "QUANTIZE": quantize}
+                yield "rows", arch, _rows_defines(before, quantize)
         yield "scale_sums", arch, {"ELEMENT": "__half"}
         for layout in _PAGES:
             for name in ("kv_append", "kv_read"):
@@ -125,4 +125,19 @@ def _quantize_defines(prologue: Prologue) -> dict[str, int | str]:
         "GROUP_SIZE": 128,
         "PROGRESSIVE": 0,
         "LOAD_WIDTH": 8,
+        "ADDS": int(prologue is Prologue.RMS_NORM),
+        "PARTS": 1,
+        "SLOT_LANES": 4,
+    }
+
+
+def _rows_defines(prologue: int, quantize: int) -> dict[str, int | str]:
+    return {
+        "ELEMENT": "__half",
+        "PROLOGUE": prologue,
+        "QUANTIZE": quantize,
+        "ADDS": int(prologue == 1),
+        "LOAD_WIDTH": 8,
+        "VECTORS": 1,
+        "THREADS": 512,
     }
