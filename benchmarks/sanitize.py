@@ -32,7 +32,7 @@ from atomq.kernels.gptq import gptq_block
 from atomq.kernels.kv import dequantize_kv, quantize_kv
 from atomq.kernels.kv_cache import append_kv, decode_attention, read_kv
 from atomq.kernels.kv_pages import HeadParameters
-from atomq.kernels.layout import ActivationFormat, ChannelOrder, NormParameters
+from atomq.kernels.layout import ActivationFormat, Added, ChannelOrder, NormParameters
 from atomq.kernels.repack import CanonicalWeight, PackedWeight, repack_weight
 from atomq.kernels.rows import prepare_rows, quantize_rows, scale_sums
 from atomq.numerics.grid import CodeGrid
@@ -68,6 +68,7 @@ def run_kernels() -> Iterator[str]:
     norm = NormParameters.of(parameters[0], parameters[1], 1e-5, layout)
     x, up = _tokens(9), _tokens(9)
     activations.rms_norm_quantize(x, norm, layout)
+    activations.rms_norm_quantize(x, norm, layout, added=Added.to(up))
     activations.layer_norm_quantize(x, norm, layout)
     activations.silu_mul_quantize(x, up, layout)
     activations.relu_quantize(x, layout)
@@ -113,7 +114,10 @@ def run_decode_kernels(device: str) -> Iterator[str]:
         yield f"kv_append, kv_read, kv_attention: {name}"
     x, weight = torch.randn(9, 2 * _N_INPUTS, device=device).half(), torch.rand(_N_INPUTS, device=device)
     prepare_rows(x, silu_mul=True)
-    codes, scales = quantize_rows(x[:, :_N_INPUTS], norm_weight=weight, epsilon=1e-5)
+    first, second = x.chunk(2, dim=1)
+    codes, scales = quantize_rows(
+        first, norm_weight=weight, epsilon=1e-5, added=Added.to(second.contiguous())
+    )
     scale_sums(codes.int(), scales, weight, torch.float16)
     yield "rows, scale_sums"
 

@@ -6,7 +6,7 @@
 
 // Largest magnitude of each group of the slot, or of the token's outliers.
 __device__ __forceinline__ void find_largest(const Problem& p, const Place& place, const Values& values,
-                                             float (&largest)[GROUPS]) {
+                                             float (&largest)[LANE_GROUPS]) {
     float of_run[RUNS];
 #pragma unroll
     for (int run = 0; run < RUNS; ++run) {
@@ -14,13 +14,14 @@ __device__ __forceinline__ void find_largest(const Problem& p, const Place& plac
 #pragma unroll
         for (int i = 0; i < RUN_CHANNELS; ++i) of_run[run] = ieee::max_magnitude(of_run[run], values[run][i]);
     }
-    const float of_both = ieee::max_magnitude(of_run[0], of_run[1]);
+    const float of_all = ieee::max_magnitude(of_run[0], of_run[RUNS - 1]);
 #pragma unroll
-    for (int group = 0; group < GROUPS; ++group) {
-        float mine = GROUPS == 1 || place.is_outlier ? of_both : of_run[group];
+    for (int group = 0; group < LANE_GROUPS; ++group) {
+        float mine = LANE_GROUPS == 1 || place.is_outlier ? of_all : of_run[group];
 #pragma unroll
         for (int step = 1; step < LANES; step *= 2) {
-            mine = ieee::max_magnitude(mine, __shfl_xor_sync(ALL_LANES, mine, step));
+            const float other = __shfl_xor_sync(ALL_LANES, mine, step);
+            if (step < GROUP_LANES || place.is_outlier) mine = ieee::max_magnitude(mine, other);
         }
         const float neighbour = __shfl_xor_sync(ALL_LANES, mine, LANES);
         largest[group] = place.is_outlier && p.n_outlier_slots == 2 ? ieee::max_magnitude(mine, neighbour) : mine;
@@ -83,7 +84,7 @@ struct Coder {
 
 // The scale of a group of the slot, or of the token's outliers, by one lane for all of them; zero past the last token.
 __device__ __forceinline__ void store_scale(const Problem& p, const Place& place, int group, int token, float scale) {
-    if (!place.exists || place.lane != 0) return;
+    if (!place.exists || place.lane % GROUP_LANES != 0) return;
     int row = -1;
     if (place.is_outlier) {
         if (place.slot + group == 0) row = PROGRESSIVE ? 1 : p.n_slots * GROUPS;

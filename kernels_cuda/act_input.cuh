@@ -1,4 +1,4 @@
-// quantize_act.cu's channels as they lie in global memory: vectors of LOAD_WIDTH, and SiLU * up on them.
+// quantize_act.cu's channels as they lie in global memory: vectors of LOAD_WIDTH, and SiLU * up or + delta on them.
 #pragma once
 
 #include "act_problem.cuh"
@@ -8,9 +8,7 @@ using Loaded = Vector<ELEMENT, LOAD_WIDTH>;
 // What was loaded, in words: where it stays zero, that costs a word each and not an element.
 struct Raw {
     Vector<unsigned, (sizeof(Loaded) + 3) / 4> input;
-#if PROLOGUE == 3
-    Vector<unsigned, (sizeof(Loaded) + 3) / 4> up;
-#endif
+    Vector<unsigned, HAS_SECOND ? (sizeof(Loaded) + 3) / 4 : 1> second;
 };
 
 // LOAD_WIDTH channels of a token as they lie; past the last token, that one's: what comes of them is not stored.
@@ -18,20 +16,22 @@ __device__ __forceinline__ Raw load(const Problem& p, int token, int channel) {
     const long long row = min(token, p.n_tokens - 1);
     Raw raw;
     reinterpret_cast<Loaded&>(raw.input) = *reinterpret_cast<const Loaded*>(p.input + row * p.input_stride + channel);
-#if PROLOGUE == 3
-    reinterpret_cast<Loaded&>(raw.up) = *reinterpret_cast<const Loaded*>(p.up + row * p.up_stride + channel);
-#endif
+    if constexpr (HAS_SECOND) {
+        reinterpret_cast<Loaded&>(raw.second) =
+            *reinterpret_cast<const Loaded*>(p.second + row * p.second_stride + channel);
+    }
     return raw;
 }
 
-// Element i of what was loaded, after SiLU * up but before all else.
+// Element i of what was loaded, after SiLU * up or + delta but before all else.
 __device__ __forceinline__ float value_of(const Raw& raw, int i) {
     const float x = static_cast<float>(reinterpret_cast<const Loaded&>(raw.input).items[i]);
-#if PROLOGUE == 3
-    return __fdividef(x, 1.0f + expf(-x)) * static_cast<float>(reinterpret_cast<const Loaded&>(raw.up).items[i]);
-#else
+    if constexpr (HAS_SECOND) {
+        const float second = static_cast<float>(reinterpret_cast<const Loaded&>(raw.second).items[i]);
+        if (ADDS) return static_cast<float>(static_cast<ELEMENT>(ieee::add(x, second)));
+        return __fdividef(x, 1.0f + expf(-x)) * second;
+    }
     return x;
-#endif
 }
 
 // The lane's part of the row as it lies: where a run begins, and where it must end.

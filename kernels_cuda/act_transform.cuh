@@ -14,20 +14,21 @@ template <bool WHOLE>
 __device__ __forceinline__ void transform(const Problem& p, const Place& place, Values& values) {
 #pragma unroll
     for (int run = 0; run < RUNS; ++run) {
-        const int size = WHOLE ? GROUP_SIZE : block_size(p, place, run % GROUPS);
-        butterflies<WHOLE, LANES>(values[run], size);
+        const int size = WHOLE ? GROUP_SIZE : block_size(p, place, place.group(run % LANE_GROUPS));
+        butterflies<WHOLE, GROUP_LANES>(values[run], size);
         if (run == 1 && GROUP_SIZE == 128 && size == 128) {
 #pragma unroll
             for (int i = 0; i < RUN_CHANNELS; ++i) {
-                const float low = values[0][i], high = values[1][i];
+                const float low = values[0][i], high = values[run][i];
                 values[0][i] = ieee::add(low, high);
-                values[1][i] = ieee::sub(low, high);
+                values[run][i] = ieee::sub(low, high);
             }
         }
     }
 #pragma unroll
     for (int run = 0; run < RUNS; ++run) {
-        const float factor = orthogonal_factor(WHOLE ? GROUP_SIZE : block_size(p, place, run % GROUPS));
+        const int size = WHOLE ? GROUP_SIZE : block_size(p, place, place.group(run % LANE_GROUPS));
+        const float factor = orthogonal_factor(size);
 #pragma unroll
         for (int i = 0; i < RUN_CHANNELS; ++i) values[run][i] = ieee::mul(values[run][i], factor);
     }
@@ -39,6 +40,16 @@ __device__ __forceinline__ void transform_groups(const Problem& p, const Place& 
         transform<true>(p, place, values);
     } else {
         transform<false>(p, place, values);
+    }
+}
+
+// Has a norm's weights for the lane's channels on their way to the L2 cache.
+__device__ __forceinline__ void ask_for_norm(const Problem& p, const Place& place) {
+#pragma unroll
+    for (int run = 0; run < RUNS; ++run) {
+        const int position = place.slot_number(p) * SLOT_CHANNELS + place.offset(run);
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(p.norm_weight + position));
+        if (PROLOGUE == LAYER_NORM) asm volatile("prefetch.global.L2 [%0];" ::"l"(p.norm_bias + position));
     }
 }
 

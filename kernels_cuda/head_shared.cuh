@@ -19,14 +19,34 @@ __device__ __forceinline__ void norm_head(float* head, const float* weight, floa
     __syncwarp();
 }
 
-// x * cosine + rotate_half(x) * sine by the row of a position: (cosine, sine) of HEAD_DIM / 2 angles.
-__device__ __forceinline__ void rotate_head(float* head, const float2* turns) {
-    for (int i = threadIdx.x % 32; i < HEAD_DIM / 2; i += 32) {
+constexpr int PAIR_PARTS = (HEAD_DIM / 2 + 31) / 32;  // pairs of channels of a lane: lane + 32 k and its partner
+
+// A lane's part of a position's (cosine, sine) of HEAD_DIM / 2 angles.
+__device__ __forceinline__ void load_turns(const float2* row, float2 (&turns)[PAIR_PARTS]) {
+#pragma unroll
+    for (int k = 0; k < PAIR_PARTS; ++k) {
+        const int i = threadIdx.x % 32 + 32 * k;
+        if (i < HEAD_DIM / 2) turns[k] = row[i];
+    }
+}
+
+// x * cosine + rotate_half(x) * sine
+__device__ __forceinline__ void rotate_head(float* head, const float2 (&turns)[PAIR_PARTS]) {
+#pragma unroll
+    for (int k = 0; k < PAIR_PARTS; ++k) {
+        const int i = threadIdx.x % 32 + 32 * k;
+        if (i >= HEAD_DIM / 2) continue;
         const float low = head[i], high = head[i + HEAD_DIM / 2];
-        head[i] = ieee::sub(ieee::mul(low, turns[i].x), ieee::mul(high, turns[i].y));
-        head[i + HEAD_DIM / 2] = ieee::add(ieee::mul(high, turns[i].x), ieee::mul(low, turns[i].y));
+        head[i] = ieee::sub(ieee::mul(low, turns[k].x), ieee::mul(high, turns[k].y));
+        head[i + HEAD_DIM / 2] = ieee::add(ieee::mul(high, turns[k].x), ieee::mul(low, turns[k].y));
     }
     __syncwarp();
+}
+
+__device__ __forceinline__ void rotate_head(float* head, const float2* row) {
+    float2 turns[PAIR_PARTS];
+    load_turns(row, turns);
+    rotate_head(head, turns);
 }
 
 // A head in a warp's registers: part k of a lane is channel lane + 32 k.

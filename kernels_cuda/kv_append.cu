@@ -29,6 +29,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "grid_order.cuh"
 #include "head_shared.cuh"
 #include "kv_pages.cuh"
 
@@ -59,6 +60,8 @@ kv_append(const ELEMENT* __restrict__ keys, const ELEMENT* __restrict__ values, 
           const float* __restrict__ key_offset, const float* __restrict__ key_scale, int n_tokens, int n_heads,
           int token_stride, int table_stride, float epsilon, float clip_ratio) {
     __shared__ float heads[WARPS][STORED_DIM];
+    let_next_grid_begin();
+    wait_for_earlier_grids();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int item = blockIdx.x * WARPS + warp;
     const int token = item / (2 * n_heads), head = item / 2 % n_heads;

@@ -35,6 +35,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "grid_order.cuh"
 #include "head_shared.cuh"
 #include "kv_softmax.cuh"
 
@@ -45,17 +46,19 @@ constexpr int PAGE_STEPS = PAGE_TOKENS / STEP_TOKENS;
 constexpr int STAGE_WORDS = 4 * 32 * CHUNK_WORDS;
 constexpr int RANGE_WORDS = BITS < 16 ? 2 * PAGE_TOKENS : 0;  // of a page; of two, as no copy is more than a page ahead
 constexpr int ROWS = (QUERY_ROWS + N_WARPS - 1) / N_WARPS;  // of the queries, of a warp
+constexpr int GROUP_ROWS = (GROUP + N_WARPS - 1) / N_WARPS;  // those of them that exist
 constexpr int QUERY_WORDS = QUERY_ROWS * QUERY_STRIDE;
 constexpr int TURN_WORDS = KEY_MODE ? PAGE_TOKENS * STORED_DIM / 2 : 0;
 constexpr int OFFSET_WORDS = KEY_OFFSET ? STORED_DIM / 2 : 0;
 constexpr bool PARKS_OPERAND = KEY_MODE && STORED_DIM > 128;  // registers are short: the query's operand lies in shared
 constexpr int PARKED_WORDS = PARKS_OPERAND ? N_WARPS * 32 * HEAD_TILES * SLOTS : 0;
 constexpr int RING_WORDS = N_WARPS * (STAGES * STAGE_WORDS + 2 * RANGE_WORDS);
-constexpr int JOIN_WORDS = N_WARPS * GROUP * JOIN_STRIDE;
+constexpr int JOIN_WORDS = N_WARPS * GROUP * SHARE_STRIDE;
 constexpr int SHARED_WORDS = QUERY_WORDS + TURN_WORDS + OFFSET_WORDS + PARKED_WORDS +
                              (RING_WORDS > JOIN_WORDS ? RING_WORDS : JOIN_WORDS);
 constexpr float LOG2_E = 1.44269504f;
-constexpr int RESIDENT_CTAS = MIN_CTAS > 2 && __CUDA_ARCH__ >= 1000 ? 2 : MIN_CTAS;  // its compiler needs more registers
+constexpr int RESIDENT_CTAS =  // compilers for sm_100 and later need more registers
+    MIN_CTAS * N_WARPS > 8 && __CUDA_ARCH__ >= 1000 ? 8 / N_WARPS : MIN_CTAS;
 
 static_assert(KEY_MODE || !KEY_OFFSET, "after RoPE an offset changes nothing");
 static_assert(KEY_MODE == 0 || BITS < 16, "a float16 cache holds K after RoPE");
@@ -67,16 +70,17 @@ static_assert(GROUP >= 1 && GROUP <= 16 && SHARED_BYTES == SHARED_WORDS * 4, "se
 struct Walk {
     const unsigned* pages;
     const int* table;  // of the warp's pages, N_WARPS apart
-    int lane, n_pages, n_steps, n_heads, head;
+    int lane, n_heads, head;
     unsigned ranges;  // shared memory: the lane's part of two pages' ranges
-    int ids = 0;
+    int ids;          // of 32 pages
+    int n_pages = 0, n_steps = 0;
     const unsigned* source = nullptr;
 
     // The copy of the next of `n_steps` steps, in `part` of `page`, to `stage`.
     __device__ void start_copy(int page, bool is_first, unsigned stage) {
         if (n_steps-- > 0) {
             if (is_first) {
-                if (page % 32 == 0) ids = table[min(page + lane, n_pages - 1) * N_WARPS];
+                if (page && page % 32 == 0) ids = table[min(page + lane, n_pages - 1) * N_WARPS];
                 const long long id = __shfl_sync(ALL_LANES, ids, page % 32);
                 const unsigned* start = pages + (id * n_heads + head) * PAGE_WORDS;
                 const unsigned to = ranges + page % 2 * RANGE_WORDS * 4;
@@ -114,7 +118,22 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
     const int head = blockIdx.x, n_heads = gridDim.x, sequence = blockIdx.y, split = blockIdx.z, n_splits = gridDim.z;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 
-    // Queries warp, warp + N_WARPS, ..: on their way before anything is known of the sequence.
+    let_next_grid_begin();
+    float scales[LANE_PARTS];
+#pragma unroll
+    for (int k = 0; k < LANE_PARTS; ++k) {
+        const bool exists = KEY_MODE == 0 && key_scale != nullptr && lane + 32 * k < HEAD_DIM;
+        scales[k] = exists ? key_scale[head * HEAD_DIM + lane + 32 * k] : 1.0f;
+    }
+    for (int i = threadIdx.x * 4; i < TURN_WORDS; i += 32 * N_WARPS * 4) copy_async(turns + i, page_turns + i);
+    copy_commit();
+    wait_for_earlier_grids();
+
+    // On their way before anything is known of the sequence: its first pages, and queries warp, warp + N_WARPS, ..
+    const int length = lengths[sequence], position = length - 1;
+    const int* table = page_table + sequence * table_stride;
+    const int column = warp + lane * N_WARPS;
+    const int first_ids = n_splits == 1 && column < table_stride ? table[column] : 0;
     const ELEMENT* source = query + static_cast<long long>(sequence) * query_stride + head * GROUP * HEAD_DIM;
     float rows[ROWS][LANE_PARTS];
 #pragma unroll
@@ -123,35 +142,27 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
         const bool exists = row < GROUP && channel < HEAD_DIM;
         rows[i / LANE_PARTS][i % LANE_PARTS] = exists ? static_cast<float>(source[row * HEAD_DIM + channel]) : 0.0f;
     }
-    float scales[LANE_PARTS];
-#pragma unroll
-    for (int k = 0; k < LANE_PARTS; ++k) {
-        const bool exists = KEY_MODE == 0 && key_scale != nullptr && lane + 32 * k < HEAD_DIM;
-        scales[k] = exists ? key_scale[head * HEAD_DIM + lane + 32 * k] : 1.0f;
-    }
-    const int length = lengths[sequence], position = length - 1;
     ELEMENT* target = out + (static_cast<long long>(sequence) * n_heads + head) * GROUP * HEAD_DIM;
     if (length <= 0) {
         for (int i = threadIdx.x; i < GROUP * HEAD_DIM && split == 0; i += 32 * N_WARPS) {
             target[i] = static_cast<ELEMENT>(0.0f);
         }
+        copy_wait<0>();
         return;
     }
 
     // This CTA's pages, this warp's among them, and the first copies.
     const int n_pages = (length + PAGE_TOKENS - 1) / PAGE_TOKENS;
     const int first = n_pages * split / n_splits + warp, end = n_pages * (split + 1) / n_splits;
-    Walk walk{pages, page_table + sequence * table_stride + first, lane};
+    const unsigned own_ranges = shared_address(ring + N_WARPS * STAGES * STAGE_WORDS + warp * 2 * RANGE_WORDS);
+    Walk walk{pages, table + first, lane, n_heads, head, own_ranges + lane * 16, first_ids};
     walk.n_pages = first < end ? (end - first + N_WARPS - 1) / N_WARPS : 0;
+    if (n_splits > 1 && walk.n_pages) walk.ids = walk.table[min(lane, walk.n_pages - 1) * N_WARPS];
     const int last_tokens = length - (first + (walk.n_pages - 1) * N_WARPS) * PAGE_TOKENS;
     walk.n_steps = walk.n_pages ? (walk.n_pages - 1) * PAGE_STEPS + min(PAGE_STEPS, (last_tokens + 15) / STEP_TOKENS) : 0;
-    walk.n_heads = n_heads;
-    walk.head = head;
-    const unsigned own_ranges = shared_address(ring + N_WARPS * STAGES * STAGE_WORDS + warp * 2 * RANGE_WORDS);
-    walk.ranges = own_ranges + lane * 16;
+    float2 query_turns[PAIR_PARTS];
+    if (KEY_MODE == 0) load_turns(rotary + static_cast<long long>(position) * (HEAD_DIM / 2), query_turns);
     const unsigned own_ring = shared_address(ring + warp * STAGES * STAGE_WORDS + lane * PLANE_WORDS);
-    for (int i = threadIdx.x * 4; i < TURN_WORDS; i += 32 * N_WARPS * 4) copy_async(turns + i, page_turns + i);
-    copy_commit();
 #pragma unroll
     for (int step = 0; step < STAGES - 1; ++step) {
         walk.start_copy(step / PAGE_STEPS, step % PAGE_STEPS == 0, own_ring + step * STAGE_WORDS * 4);
@@ -169,26 +180,35 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
         }
         offsets[i] = as_word(__floats2half2_rn(pair[0], pair[1]));
     }
+    const auto has_row = [warp](int i) { return (i + 1) * N_WARPS <= GROUP || warp + i * N_WARPS < GROUP; };
+    const auto row_of = [queries, warp](int i) { return queries + (warp + i * N_WARPS) * QUERY_STRIDE; };
 #pragma unroll
-    for (int i = 0; i < ROWS; ++i) {
-        const int row = warp + i * N_WARPS;
-        if (row >= QUERY_ROWS) break;
-        float* own = queries + row * QUERY_STRIDE;
+    for (int i = 0; i < ROWS; ++i) {  // zeros, too, where mma wants more rows
+        if (warp + i * N_WARPS < QUERY_ROWS) store_lane_head(rows[i], row_of(i));
+    }
+    if (norm_weight != nullptr) {
 #pragma unroll
-        for (int k = 0; k < LANE_PARTS; ++k) {
-            if (lane + 32 * k < HEAD_DIM) own[lane + 32 * k] = rows[i][k];
+        for (int i = 0; i < ROWS; ++i) {
+            if (has_row(i)) norm_head(row_of(i), norm_weight, epsilon);
         }
-        __syncwarp();
-        if (row >= GROUP) continue;
-        if (norm_weight != nullptr) norm_head(own, norm_weight, epsilon);
-        if (KEY_MODE != 0) continue;
-        rotate_head(own, rotary + static_cast<long long>(position) * (HEAD_DIM / 2));
-        float turned[LANE_PARTS];
-        load_lane_head(own, turned);
+    }
+    if (KEY_MODE == 0) {
 #pragma unroll
-        for (int k = 0; k < LANE_PARTS; ++k) turned[k] *= scales[k];
-        if (KEY_HADAMARD) transform_lane_head(turned);
-        store_lane_head(turned, own);
+        for (int i = 0; i < ROWS; ++i) {
+            if (has_row(i)) rotate_head(row_of(i), query_turns);
+        }
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i) {
+            if (!has_row(i)) continue;
+            load_lane_head(row_of(i), rows[i]);
+#pragma unroll
+            for (int k = 0; k < LANE_PARTS; ++k) rows[i][k] *= scales[k];
+            if (KEY_HADAMARD) transform_lane_head(rows[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i) {
+            if (has_row(i)) store_lane_head(rows[i], row_of(i));
+        }
     }
     copy_wait<STAGES - 1>();
     __syncthreads();
@@ -316,11 +336,11 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
     // The warps' shares, then the splits', in a fixed order.
     copy_wait<0>();
     __syncthreads();
-    softmax.store(shares + warp * GROUP * JOIN_STRIDE, g, t);
+    softmax.store(shares + warp * GROUP * SHARE_STRIDE, g, t);
     __syncthreads();
     const long long item = static_cast<long long>(sequence) * n_heads + head;
     float* partial = partials + item * n_splits * GROUP * JOIN_STRIDE;
-    const auto finish = [&](int row, Joined joined) {
+    const auto finish = [&](int row, Joined& joined) {
 #pragma unroll
         for (int k = 0; k < LANE_PARTS; ++k) joined.sums[k] /= joined.denominator;
         if (VALUE_HADAMARD) transform_lane_head(joined.sums);
@@ -329,18 +349,26 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
             if (lane + 32 * k < HEAD_DIM) target[row * HEAD_DIM + lane + 32 * k] = static_cast<ELEMENT>(joined.sums[k]);
         }
     };
-    for (int row = warp; row < GROUP; row += N_WARPS) {
-        const Joined joined = join<false>(shares + row * JOIN_STRIDE, N_WARPS, GROUP * JOIN_STRIDE);
-        if (n_splits == 1) {
-            finish(row, joined);
-            continue;
-        }
-        float* place = partial + (split * GROUP + row) * JOIN_STRIDE;
+    Joined joined[GROUP_ROWS];
 #pragma unroll
-        for (int k = 0; k < LANE_PARTS; ++k) place[lane + 32 * k] = joined.sums[k];
-        if (lane == 0) place[STORED_DIM] = joined.largest, place[STORED_DIM + 1] = joined.denominator;
+    for (int i = 0; i < GROUP_ROWS; ++i) {
+        if (has_row(i)) joined[i] = join_warps(shares + (warp + i * N_WARPS) * SHARE_STRIDE);
     }
-    if (n_splits == 1) return;
+    if (n_splits == 1) {
+#pragma unroll
+        for (int i = 0; i < GROUP_ROWS; ++i) {
+            if (has_row(i)) finish(warp + i * N_WARPS, joined[i]);
+        }
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < GROUP_ROWS; ++i) {
+        if (!has_row(i)) continue;
+        float* place = partial + (split * GROUP + warp + i * N_WARPS) * JOIN_STRIDE;
+#pragma unroll
+        for (int k = 0; k < LANE_PARTS; ++k) place[lane + 32 * k] = joined[i].sums[k];
+        if (lane == 0) place[STORED_DIM] = joined[i].largest, place[STORED_DIM + 1] = joined[i].denominator;
+    }
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) shared[0] = atomicInc(counters + item, n_splits - 1);  // the last one leaves it at 0
@@ -348,6 +376,7 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
     if (shared[0] != n_splits - 1) return;
     __threadfence();
     for (int row = warp; row < GROUP; row += N_WARPS) {
-        finish(row, join<true>(partial + row * JOIN_STRIDE, n_splits, GROUP * JOIN_STRIDE));
+        Joined whole = join_splits(partial + row * JOIN_STRIDE, n_splits);
+        finish(row, whole);
     }
 }

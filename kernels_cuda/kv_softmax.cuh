@@ -3,8 +3,12 @@
 
 #include "kv_keys.cuh"
 
-constexpr int JOIN_STRIDE = STORED_DIM + 2;  // numerators, then the largest score and the denominator
-constexpr float WEIGHT_UNIT = BITS < 16 ? 64.0f : 1.0f;  // keeps P * scale of V away from subnormal halves
+constexpr int JOIN_STRIDE = STORED_DIM + 2;  // of a split's share: numerators, then the reference and the denominator
+// Of a warp's share in shared memory: the same, channel g * SLOTS + slot at 9 * slot + g, so that lanes meet on few banks.
+constexpr int SHARE_STRIDE = (SLOTS * 9 + 13) / 16 * 16 + 4;
+constexpr float REFERENCE_SLACK = 4.0f;  // a score may lie so many powers of two above the reference: weights up to 16
+constexpr float LARGEST_WEIGHT = 16.0f;
+constexpr float WEIGHT_UNIT = BITS < 16 ? 16.0f : 1.0f;  // keeps P * scale of V away from subnormal halves
 
 __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
 
@@ -12,31 +16,33 @@ __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff80
 // infinity, and all columns of a query share one reference. GROUP 1: `odd` says which of a lane's two columns is looked at.
 struct Softmax {
     static constexpr int FIRST = GROUP == 1 ? 1 : TOGETHER > 1 ? GROUP / 2 : 4;  // lanes so far apart have the same query
-    float log_scale, largest[HEAD_TILES][LANE_COLUMNS], shift[HEAD_TILES][LANE_COLUMNS];
+    float log_scale, slack, reference[HEAD_TILES][LANE_COLUMNS], shift[HEAD_TILES][LANE_COLUMNS];
     float denominator[HEAD_TILES][LANE_COLUMNS], minima[HEAD_TILES][LANE_COLUMNS], numerators[HEAD_TILES][SLOTS / 2][4];
 
-    __device__ explicit Softmax(float scale) : log_scale(scale), denominator{}, minima{}, numerators{} {
+    __device__ explicit Softmax(float scale)
+        : log_scale(scale), slack(REFERENCE_SLACK / scale), denominator{}, minima{}, numerators{} {
 #pragma unroll
-        for (int i = 0; i < LANE_COLUMNS * HEAD_TILES; ++i) largest[i / LANE_COLUMNS][i % LANE_COLUMNS] = minus_infinity();
+        for (int i = 0; i < LANE_COLUMNS * HEAD_TILES; ++i) reference[i / LANE_COLUMNS][i % LANE_COLUMNS] = minus_infinity();
     }
 
-    // Scores above the largest so far make a new reference; else all stays as it is.
+    // A score far above the reference makes a new one, of the largest so far; else all stays as it is. Without the slack eight
+    // queries had a new one in more than half of the steps of 1024 tokens.
     __device__ void refer(const float (&scores)[HEAD_TILES][2][LANE_COLUMNS]) {
         bool exceeds = false;
 #pragma unroll
         for (int i = 0; i < 2 * LANE_COLUMNS * HEAD_TILES; ++i) {
             const int tile = i / 2 / LANE_COLUMNS, j = i / 2 % LANE_COLUMNS;
-            exceeds |= scores[tile][i % 2][j] > largest[tile][j];
+            exceeds |= scores[tile][i % 2][j] > reference[tile][j] + slack;
         }
         if (!__any_sync(ALL_LANES, exceeds)) return;
 #pragma unroll
         for (int i = 0; i < LANE_COLUMNS * HEAD_TILES; ++i) {
             const int tile = i / LANE_COLUMNS, j = i % LANE_COLUMNS;
-            float found = fmaxf(fmaxf(scores[tile][0][j], scores[tile][1][j]), largest[tile][j]);
+            float found = fmaxf(fmaxf(scores[tile][0][j], scores[tile][1][j]), reference[tile][j]);
 #pragma unroll
             for (int step = FIRST; step < 32; step *= 2) found = fmaxf(found, __shfl_xor_sync(ALL_LANES, found, step));
-            const float factor = exp2_approximate((largest[tile][j] - found) * log_scale);
-            largest[tile][j] = found;
+            const float factor = exp2_approximate((reference[tile][j] - found) * log_scale);
+            reference[tile][j] = found;
             shift[tile][j] = -found * log_scale;
             denominator[tile][j] *= factor;
             minima[tile][j] *= factor;
@@ -58,7 +64,7 @@ struct Softmax {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             values[i] = __half22float2(as_half2(ranges[i]));
-            values[i].x = fminf(values[i].x * WEIGHT_UNIT, 65504.0f);  // no weight is above 1
+            values[i].x = fminf(values[i].x * WEIGHT_UNIT, 65504.0f / LARGEST_WEIGHT);
         }
 #pragma unroll
         for (int tile = 0; tile < HEAD_TILES; ++tile) {
@@ -88,7 +94,7 @@ struct Softmax {
         }
     }
 
-    // The warp's share to shared memory: [GROUP][JOIN_STRIDE].
+    // The warp's share to shared memory: [GROUP][SHARE_STRIDE].
     __device__ void store(float* share, int g, int t) {
 #pragma unroll
         for (int i = 0; i < LANE_COLUMNS * HEAD_TILES; ++i) {
@@ -110,12 +116,12 @@ struct Softmax {
                 minima[tile][j] += __shfl_xor_sync(ALL_LANES, minima[tile][j], step);
             }
             if (TOGETHER > 1 ? t * 2 >= GROUP : head >= GROUP) continue;
-            float* row = share + head * JOIN_STRIDE;
+            float* row = share + head * SHARE_STRIDE;
 #pragma unroll
             for (int slot = 0; slot < SLOTS; ++slot) {
-                row[g * SLOTS + slot] = sums[slot] * (CODE_UNIT / WEIGHT_UNIT / slot_unit(slot)) + minima[tile][j];
+                row[slot * 9 + g] = sums[slot] * (CODE_UNIT / WEIGHT_UNIT / slot_unit(slot)) + minima[tile][j];
             }
-            if (g == 0) row[STORED_DIM] = largest[tile][j] * log_scale, row[STORED_DIM + 1] = denominator[tile][j];
+            if (g == 0) row[SLOTS * 9] = reference[tile][j] * log_scale, row[SLOTS * 9 + 1] = denominator[tile][j];
         }
     }
 };
@@ -125,18 +131,42 @@ struct Joined {
     float sums[STORED_DIM / 32], denominator, largest;
 };
 
-// Adds up `n` <= 64 shares of a head, `stride` apart, by one warp: always in the same order.
-template <bool GLOBAL>
-__device__ __forceinline__ Joined join(const float* shares, int n, int stride) {
-    const auto read = [](const float* place) { return GLOBAL ? __ldcg(place) : *place; };
+// Adds up the warps' shares of a head, by one warp.
+__device__ __forceinline__ Joined join_warps(const float* shares) {
+    const int lane = threadIdx.x % 32;
+    float scores[N_WARPS];
+    Joined result = {};
+    result.largest = minus_infinity();
+#pragma unroll
+    for (int i = 0; i < N_WARPS; ++i) {
+        scores[i] = shares[i * GROUP * SHARE_STRIDE + SLOTS * 9];
+        result.largest = fmaxf(result.largest, scores[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < N_WARPS; ++i) {
+        const float* share = shares + i * GROUP * SHARE_STRIDE;
+        const float weight = result.largest > minus_infinity() ? exp2_approximate(scores[i] - result.largest) : 0.0f;
+        result.denominator += weight * share[SLOTS * 9 + 1];
+#pragma unroll
+        for (int k = 0; k < STORED_DIM / 32; ++k) {
+            const int channel = lane + 32 * k;
+            result.sums[k] += weight * share[channel % SLOTS * 9 + channel / SLOTS];
+        }
+    }
+    return result;
+}
+
+// Adds up `n` <= 64 splits' shares of a head, by one warp: always in the same order.
+__device__ __forceinline__ Joined join_splits(const float* shares, int n) {
+    constexpr int stride = GROUP * JOIN_STRIDE;
     const int lane = threadIdx.x % 32;
     float scores[2], denominators[2], weights[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {  // a lane looks at the shares lane and lane + 32
         const float* share = shares + (lane + 32 * i) * stride + STORED_DIM;
         const bool exists = lane + 32 * i < n;
-        scores[i] = exists ? read(share) : minus_infinity();
-        denominators[i] = exists ? read(share + 1) : 0.0f;
+        scores[i] = exists ? __ldcg(share) : minus_infinity();
+        denominators[i] = exists ? __ldcg(share + 1) : 0.0f;
     }
     Joined result = {};
     result.largest = fmaxf(scores[0], scores[1]);
@@ -158,7 +188,7 @@ __device__ __forceinline__ Joined join(const float* shares, int n, int stride) {
         const float weight = __shfl_sync(ALL_LANES, i < 32 ? weights[0] : weights[1], i % 32);
 #pragma unroll
         for (int k = 0; k < STORED_DIM / 32; ++k) {
-            result.sums[k] += weight * read(shares + i * stride + lane + 32 * k);
+            result.sums[k] += weight * __ldcg(shares + i * stride + lane + 32 * k);
         }
     }
     return result;

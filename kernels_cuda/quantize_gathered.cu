@@ -5,8 +5,8 @@
 //   operands as there; rows and their length whole multiples of 16 bytes, n_channels - n_outliers a multiple of 128
 //
 // A CTA copies one token's row to shared memory and makes its slots from there, eight a warp at a time, four lanes a slot.
-// The transform exchanges channels between lanes (act_exchange.cuh). A warp's first indices come with the row, in
-// registers: fetched after it, they cost 4-5 % (docs/LOG.md, 2026-11-28).
+// The transform exchanges channels between lanes (act_exchange.cuh). A warp's first indices are asked for before the row,
+// in registers: fetched after it, they cost 4-5 % (docs/LOG.md, 2026-11-28).
 //
 //   launch: grid (Mp, parts of a row), block up to 256, whole warps. Dynamic shared memory: bytes of a row + 16
 //
@@ -22,6 +22,8 @@
 #define GROUP_SIZE 128
 #define PROGRESSIVE 0
 #define LOAD_WIDTH 1
+#define ADDS 0
+#define SLOT_LANES 4
 
 #include "act_codes.cuh"
 #include "act_exchange.cuh"
@@ -61,7 +63,7 @@ __device__ __forceinline__ void gather(const Indices& indices, const ELEMENT* ro
 }
 
 __device__ __forceinline__ void store(const Problem& p, const Place& place, int token, const Values& values) {
-    float largest[GROUPS];
+    float largest[LANE_GROUPS];
     find_largest(p, place, values, largest);
     const Coder coder(p, place, largest[0], 1.0f);
     store_scale(p, place, 0, token, coder.scale);
@@ -85,12 +87,15 @@ quantize_gathered(const ELEMENT* __restrict__ input, const unsigned short* __res
                   uint4* __restrict__ codes, float* __restrict__ token_scales, int input_stride, float clip_ratio,
                   const Sizes sizes) {
     extern __shared__ uint4 dynamic_shared[];
-    const Problem p = {sizes, input, nullptr, slots, nullptr, nullptr, codes, token_scales, input_stride, 0, clip_ratio};
+    const Problem p = {sizes, input, nullptr, nullptr, slots, nullptr, nullptr,
+                       codes, token_scales, input_stride, 0, clip_ratio};
     ELEMENT* row = reinterpret_cast<ELEMENT*>(dynamic_shared);
     constexpr int ELEMENTS = 16 / sizeof(ELEMENT);  // of a copy
     const int token = blockIdx.x, n_warps = blockDim.x / 32;
-    int first_octet = blockIdx.y * n_warps;  // of the CTA's warps
-    Place place(p, first_octet + threadIdx.x / 32);
+    int first_handful = blockIdx.y * n_warps;  // of the CTA's warps
+    Place place(p, first_handful + threadIdx.x / 32);
+    Indices indices;
+    read_indices(p, place, indices);
     let_next_grid_begin();
     wait_for_earlier_grids();
     const ELEMENT* source = input + min(token, p.n_tokens - 1) * p.input_stride;
@@ -98,8 +103,6 @@ quantize_gathered(const ELEMENT* __restrict__ input, const unsigned short* __res
         copy_async(row + channel, source + channel);
     }
     copy_commit();
-    Indices indices;
-    read_indices(p, place, indices);
     if (threadIdx.x == 0) {
         row[p.n_channels] = static_cast<ELEMENT>(0.0f);
         if (p.n_outlier_slots == 0 && blockIdx.y == 0) token_scales[p.n_slots * p.padded_tokens + token] = 0.0f;
@@ -112,9 +115,9 @@ quantize_gathered(const ELEMENT* __restrict__ input, const unsigned short* __res
         gather(indices, row, values);
         exchange::transform(place, values);
         store(p, place, token, values);
-        first_octet += gridDim.y * n_warps;
-        if (first_octet >= p.n_octets) break;
-        place = Place(p, first_octet + threadIdx.x / 32);
+        first_handful += gridDim.y * n_warps;
+        if (first_handful >= p.n_handfuls) break;
+        place = Place(p, first_handful + threadIdx.x / 32);
         read_indices(p, place, indices);
     }
 }

@@ -21,7 +21,7 @@ _ELEMENTS = {torch.float16: "__half", torch.bfloat16: "__nv_bfloat16", torch.flo
 _WARPS = 4
 _RING_BYTES, _SHORT_RING_BYTES = 9216, 7168  # of a warp's stages: what is on its way while others compute
 _PAGE_STEPS = PAGE_TOKENS // 16  # a warp takes 16 tokens at a time
-_PAGES_OF_SPLIT = 4  # at least, else joining costs more than it gains
+_PAGES_OF_SPLIT = 2  # at least, else joining costs more than it gains
 
 
 def append_kv(
@@ -80,7 +80,8 @@ def append_kv(
         layout.clip_ratio,
     )
     n_items = 2 * n_tokens * layout.n_heads
-    launch(kernel, (math.ceil(n_items / _WARPS),), (32 * _WARPS,), arguments, device=device)
+    grid = (math.ceil(n_items / _WARPS),)
+    launch(kernel, grid, (32 * _WARPS,), arguments, device=device, overlaps=True)
 
 
 def read_kv(
@@ -173,14 +174,19 @@ def decode_attention(
     if not n_sequences:
         return out
     n_items = n_sequences * layout.n_heads
-    if n_splits is None:
-        n_splits = choose_splits(n_items, table.shape[1], device_limits(device).n_sms)
+    defines = attention_defines(layout, query.dtype, group, heads.key_offset is not None)
+    n_ctas = int(defines["MIN_CTAS"]) * device_limits(device).n_sms
+    n_warps, splits = choose_grid(n_items, table.shape[1], n_ctas)
+    if layout.key_mode:  # the turns of a page leave no room for twice the CTAs
+        n_warps = _WARPS
+    elif n_warps < _WARPS:
+        defines = attention_defines(layout, query.dtype, group, False, n_warps)
+    n_splits = n_splits or splits
     partials = counters = None
     if n_splits > 1:
         size = n_items * n_splits * group * (layout.stored_dim + 2)
         partials = torch.empty(size, dtype=torch.float32, device=device)
         counters = _counters(device, n_items)
-    defines = attention_defines(layout, query.dtype, group, heads.key_offset is not None)
     kernel = compile_kernel("kv_attention", **defines)
     turns = None
     if layout.key_mode and heads.page_turns is not None:
@@ -199,18 +205,33 @@ def decode_attention(
         partials,
         counters,
         query.stride(0),
-        table.stride(0),
+        table.shape[1],
         heads.epsilon,
         heads.softmax_scale,
     )
     grid = (layout.n_heads, n_sequences, n_splits)
-    launch(kernel, grid, (32 * _WARPS,), arguments, device=device, shared_bytes=int(defines["SHARED_BYTES"]))
+    launch(
+        kernel,
+        grid,
+        (32 * n_warps,),
+        arguments,
+        device=device,
+        shared_bytes=int(defines["SHARED_BYTES"]),
+        overlaps=n_warps == _WARPS,
+    )
     return out
 
 
-def choose_splits(n_items: int, n_pages: int, n_sms: int) -> int:
-    """Splits that give every SM four CTAs, if there are pages enough."""
-    return max(1, min(math.ceil(4 * n_sms / n_items), n_pages // _PAGES_OF_SPLIT, 64))
+def choose_grid(n_items: int, n_pages: int, n_ctas: int) -> tuple[int, int]:
+    """Warps of a CTA, and splits of a sequence, for `n_items` heads of sequences.
+
+    The GPU holds `n_ctas` CTAs of four warps at a time. CTAs of a wave begin and end together, so one
+    wave is better than two: CTAs of two warps are taken if only they fit, and sequences are split no further
+    than fits.
+    """
+    if n_items <= n_ctas:
+        return _WARPS, max(1, min(n_ctas // n_items, n_pages // _PAGES_OF_SPLIT, 64))
+    return (_WARPS // 2 if n_items <= 2 * n_ctas else _WARPS), 1
 
 
 def append_defines(layout: PageFormat, dtype: torch.dtype) -> dict[str, int | str]:
@@ -226,7 +247,7 @@ def append_defines(layout: PageFormat, dtype: torch.dtype) -> dict[str, int | st
 
 
 def attention_defines(
-    layout: PageFormat, dtype: torch.dtype, group: int, has_offset: bool
+    layout: PageFormat, dtype: torch.dtype, group: int, has_offset: bool, n_warps: int = _WARPS
 ) -> dict[str, int | str]:
     """The parameters of `kv_attention.cu`; as many stages as a warp's share of shared memory holds."""
     mode, dim = layout.key_mode, layout.stored_dim
@@ -238,10 +259,11 @@ def attention_defines(
     if mode:
         fixed_words += 32 * dim + (dim // 2 if adds_offset else 0)
     if mode and dim > 128:  # the kernel's PARKS_OPERAND
-        fixed_words += _WARPS * 32 * tiles * (dim // 8)
-    ring_bytes = _SHORT_RING_BYTES if mode else _RING_BYTES
+        fixed_words += n_warps * 32 * tiles * (dim // 8)
+    ring_bytes = _SHORT_RING_BYTES if mode or n_warps < _WARPS else _RING_BYTES
     stages = max(2, min(_PAGE_STEPS + 1, ring_bytes // (4 * stage_words + range_words * 4 // _PAGE_STEPS)))
-    ring_words = max(_WARPS * (stages * stage_words + 2 * range_words), _WARPS * group * (dim + 2))
+    share_words = (dim // 8 * 9 + 13) // 16 * 16 + 4  # the kernel's SHARE_STRIDE
+    ring_words = n_warps * max(stages * stage_words + 2 * range_words, group * share_words)
     is_large = dim * tiles > 128 or layout.n_bits == 16
     return {
         "ELEMENT": _ELEMENTS[dtype],
@@ -252,9 +274,9 @@ def attention_defines(
         "KEY_HADAMARD": int(layout.rotates_keys),
         "VALUE_HADAMARD": int(layout.rotates_values),
         "KEY_OFFSET": int(adds_offset),
-        "N_WARPS": _WARPS,
+        "N_WARPS": n_warps,
         "STAGES": stages,
-        "MIN_CTAS": 2 if is_large else 4 if mode == 0 or layout.n_bits == 4 else 3,
+        "MIN_CTAS": (2 if is_large else 4 if mode == 0 or layout.n_bits == 4 else 3) * _WARPS // n_warps,
         "SHARED_BYTES": 4 * (fixed_words + ring_words),
     }
 

@@ -142,6 +142,23 @@ class NormParameters(NamedTuple):
         return cls(weight, bias, epsilon, store(weight), None if bias is None else store(bias))
 
 
+class Added(NamedTuple):
+    """What a norm's kernel adds to its input x [T, K] first, so that no kernel is launched for a residual.
+
+    Attributes:
+        delta: [T, K] contiguous, in x's dtype.
+        total: like `delta`; takes x + delta, rounded to its dtype, which is what is normed. Not x itself.
+    """
+
+    delta: torch.Tensor
+    total: torch.Tensor
+
+    @classmethod
+    def to(cls, delta: torch.Tensor) -> Added:
+        """With memory of its own for the sum."""
+        return cls(delta, torch.empty_like(delta))
+
+
 class PackedHeads(NamedTuple):
     """Quantized heads of a model's cache.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from atomq.kernels.layout import ActivationFormat, ChannelOrder, NormParameters, PackedHeads
+from atomq.kernels.layout import ActivationFormat, Added, ChannelOrder, NormParameters, PackedHeads
 from atomq.kernels.repack import SLOT_INPUTS, PackedActivations, pack_activations
 from atomq.numerics.grid import CodeGrid
 from atomq.numerics.groups import join_groups, split_groups
@@ -89,10 +89,14 @@ def quantize_act(
 
 
 def rms_norm_quantize(
-    x: torch.Tensor, norm: NormParameters, activations: ActivationFormat, order: ChannelOrder | None = None
+    x: torch.Tensor,
+    norm: NormParameters,
+    activations: ActivationFormat,
+    order: ChannelOrder | None = None,
+    added: Added | None = None,
 ) -> PackedActivations:
     """Twin of `atomq.kernels.activations.rms_norm_quantize`."""
-    x = x.float()
+    x = (x if added is None else torch.add(x, added.delta, out=added.total)).float()
     inverse = 1 / (x.square().mean(-1, keepdim=True) + norm.epsilon).sqrt()
     return quantize_act(x * inverse * norm.weight.float(), activations, order)
 

@@ -76,13 +76,15 @@ def all_variants() -> Iterator[tuple[str, str, Mapping[str, int | str]]]:
             yield "dequantize_kv", arch, heads
         for before in (0, 1, 2):
             for quantize in (0, 1):
-                yield "rows", arch, {"ELEMENT": "__half", "PROLOGUE": before, "QUANTIZE": quantize}
+                yield "rows", arch, _rows_defines(before, quantize)
         yield "scale_sums", arch, {"ELEMENT": "__half"}
         for layout in _PAGES:
             for name in ("kv_append", "kv_read"):
                 yield name, arch, kv_cache.append_defines(layout, torch.float16)
             for group in (1, 8):
-                yield "kv_attention", arch, kv_cache.attention_defines(layout, torch.float16, group, False)
+                for n_warps in (4,) if layout.key_mode else (4, 2):
+                    defines = kv_cache.attention_defines(layout, torch.float16, group, False, n_warps)
+                    yield "kv_attention", arch, defines
         for engine in (Engine.MMA_INT8, *([Engine.MMA_INT4] if arch in NATIVE_INT4 else [])):
             for tokens in (16, 64):
                 yield (
@@ -123,4 +125,19 @@ def _quantize_defines(prologue: Prologue) -> dict[str, int | str]:
         "GROUP_SIZE": 128,
         "PROGRESSIVE": 0,
         "LOAD_WIDTH": 8,
+        "ADDS": int(prologue is Prologue.RMS_NORM),
+        "PARTS": 1,
+        "SLOT_LANES": 4,
+    }
+
+
+def _rows_defines(prologue: int, quantize: int) -> dict[str, int | str]:
+    return {
+        "ELEMENT": "__half",
+        "PROLOGUE": prologue,
+        "QUANTIZE": quantize,
+        "ADDS": int(prologue == 1),
+        "LOAD_WIDTH": 8,
+        "VECTORS": 1,
+        "THREADS": 512,
     }

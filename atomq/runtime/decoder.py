@@ -1,8 +1,8 @@
 """A decoder of stages on a paged KV cache: prefill of prompts, and one step of decoding for a batch.
 
 Blocks are Llama's: pre-norm, grouped attention with RoPE, gated MLP (Llama, Mistral, Qwen2, Qwen3). On a GPU
-all but embedding, output head and residual additions are atomq's kernels; on a CPU their twins compute the
-same.
+all but embedding and output head are atomq's kernels; on a CPU their twins compute the same. A product goes
+on as the `delta` of the residual stream x: the next norm's kernel adds it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from atomq.errors import KernelError
 from atomq.kernels import kv_reference
 from atomq.kernels.kv_cache import append_kv, decode_attention, read_kv
 from atomq.kernels.kv_pages import PAGE_TOKENS, HeadParameters, PageFormat
+from atomq.kernels.layout import Added
 from atomq.kernels.rows import prepare_rows
 from atomq.runtime.stages import Norm, Stage
 
@@ -73,14 +74,16 @@ class Decoder:
         `lengths` int32 [B] counts the cache's tokens with the new one; 0 is an empty slot.
         """
         x = functional.embedding(tokens, self.embeddings)
+        delta: torch.Tensor | None = None
         rows, positions = cache.rows[: len(tokens)], lengths - 1
         for block, pages in zip(self.blocks, cache.pages, strict=True):
-            query, keys, values = self._split(block.qkv(x))
+            qkv, x = _enter(block.qkv, x, delta)
+            query, keys, values = self._split(qkv)
             append_kv(keys, values, pages, cache.table, rows, positions, self.layout, block.heads)
             attended = decode_attention(query, pages, cache.table, lengths, self.layout, block.heads)
-            x += block.o(attended.flatten(1))
-            x += block.down(block.gate_up(x))
-        return self.logits(x)
+            gate_up, x = _enter(block.gate_up, x, block.o(attended.flatten(1)))
+            delta = block.down(gate_up)
+        return self.logits(x, delta)
 
     def prefill(
         self,
@@ -101,17 +104,20 @@ class Decoder:
     def read(self, prompts: Prompts, cache: Cache, *, after_every_token: bool = False) -> torch.Tensor:
         """As `prefill`; nothing goes from or to the host, so it can be captured in a CUDA graph."""
         x = functional.embedding(prompts.tokens, self.embeddings)
+        delta: torch.Tensor | None = None
         where = (cache.table, prompts.rows, prompts.places, self.layout)
         for block, pages in zip(self.blocks, cache.pages, strict=True):
-            query, keys, values = self._split(block.qkv(x))
+            qkv, x = _enter(block.qkv, x, delta)
+            query, keys, values = self._split(qkv)
             append_kv(keys, values, pages, *where, block.heads)
             keys, values = read_kv(pages, *where, block.heads, query.dtype)
             query = kv_reference.head_norm(query.float(), block.heads.query_norm, block.heads.epsilon)
             query = kv_reference.rotate(query, prompts.places.long(), block.heads).to(keys.dtype)
             attended = _causal_attention(query, keys, values, prompts.counts, block.heads.softmax_scale)
-            x += block.o(attended)
-            x += block.down(block.gate_up(x))
-        return self.logits(x if after_every_token else x[prompts.ends])
+            gate_up, x = _enter(block.gate_up, x, block.o(attended))
+            delta = block.down(gate_up)
+        which = slice(None) if after_every_token else prompts.ends
+        return self.logits(x[which], None if delta is None else delta[which])
 
     def _split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values [T, heads, head_dim] of the stacked projection."""
@@ -120,10 +126,23 @@ class Decoder:
         first = self.n_query_heads
         return heads[:, :first], heads[:, first : first + n_kv], heads[:, first + n_kv :]
 
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Final norm and output head of the last block's `x` [T, hidden]."""
-        normed = prepare_rows(x, norm_weight=self.final_norm.weight, epsilon=self.final_norm.epsilon)
+    def logits(self, x: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor:
+        """Final norm and output head of `x` [T, hidden], to which the last block's `delta` is added first."""
+        normed = prepare_rows(
+            x,
+            norm_weight=self.final_norm.weight,
+            epsilon=self.final_norm.epsilon,
+            added=None if delta is None else Added.to(delta),
+        )
         return functional.linear(normed, self.head)
+
+
+def _enter(stage: Stage, x: torch.Tensor, delta: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a stage makes of `x` [T, hidden], or of x + delta; and that sum."""
+    if delta is None:
+        return stage(x), x
+    added = Added.to(delta)
+    return stage(x, added), added.total
 
 
 class Prompts(NamedTuple):

@@ -19,7 +19,7 @@ from atomq.errors import KernelError
 from atomq.kernels import gemm_reference
 from atomq.kernels.activations import quantize_act, rms_norm_quantize, silu_mul_quantize
 from atomq.kernels.gemm import w4a4_gemm, w4a16_gemm
-from atomq.kernels.layout import ActivationFormat, ChannelOrder, NormParameters
+from atomq.kernels.layout import ActivationFormat, Added, ChannelOrder, NormParameters
 from atomq.kernels.repack import CanonicalWeight, PackedActivations, PackedWeight, repack_weight
 from atomq.kernels.rows import prepare_rows, quantize_rows, scale_sums
 
@@ -41,13 +41,16 @@ class Norm:
 
 
 class Stage(Protocol):
-    """[T, inputs] (`SILU_MUL`: [T, 2 * inputs], gate then up) to [T, outputs], in the dtype of the input."""
+    """[T, inputs] (`SILU_MUL`: [T, 2 * inputs], gate then up) to [T, outputs], in the dtype of the input.
+
+    With `RMS_NORM`, `added` is what its kernel adds to the input first.
+    """
 
     @property
     def n_bytes(self) -> int:
         """Memory that the weights take."""
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, added: Added | None = None) -> torch.Tensor:
         """On torch's current stream; can be captured in a CUDA graph."""
 
 
@@ -73,14 +76,14 @@ class W4A4Stage:
     def n_bytes(self) -> int:
         return _bytes_of(self.weight)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return _multiply(self._quantize(x), self.weight, x.dtype)
+    def __call__(self, x: torch.Tensor, added: Added | None = None) -> torch.Tensor:
+        return _multiply(self._quantize(x, added), self.weight, x.dtype)
 
-    def _quantize(self, x: torch.Tensor) -> PackedActivations:
+    def _quantize(self, x: torch.Tensor, added: Added | None) -> PackedActivations:
         match self.before:
             case Before.RMS_NORM:
                 assert self.norm is not None
-                return rms_norm_quantize(x, self.norm, self.activations, self.order)
+                return rms_norm_quantize(x, self.norm, self.activations, self.order, added)
             case Before.SILU_MUL:
                 gate, up = x.chunk(2, dim=1)
                 return silu_mul_quantize(gate, up, self.activations, self.order)
@@ -101,8 +104,8 @@ class W4A16Stage:
     def n_bytes(self) -> int:
         return _bytes_of(self.weight)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        prepared = _prepare(x, self.before, self.norm)
+    def __call__(self, x: torch.Tensor, added: Added | None = None) -> torch.Tensor:
+        prepared = _prepare(x, self.before, self.norm, added)
         if self.perm is not None:
             prepared = prepared.index_select(1, self.perm)
         if not x.is_cuda:
@@ -126,8 +129,8 @@ class FloatStage:
     def n_bytes(self) -> int:
         return self.weight.numel() * self.weight.element_size()
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(_prepare(x, self.before, self.norm), self.weight, self.bias)
+    def __call__(self, x: torch.Tensor, added: Added | None = None) -> torch.Tensor:
+        return functional.linear(_prepare(x, self.before, self.norm, added), self.weight, self.bias)
 
 
 class Int8Stage:
@@ -144,13 +147,14 @@ class Int8Stage:
     def n_bytes(self) -> int:
         return self.codes.numel() + 4 * self.scales.numel()
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, added: Added | None = None) -> torch.Tensor:
         norm = self.norm if self.before is Before.RMS_NORM else None
         codes, scales = quantize_rows(
             x,
             norm_weight=None if norm is None else norm.weight,
             epsilon=0.0 if norm is None else norm.epsilon,
             silu_mul=self.before is Before.SILU_MUL,
+            added=added,
             min_rows=self.MIN_TOKENS,
         )
         sums = torch._int_mm(codes, self.codes.T)
@@ -193,7 +197,7 @@ def stack(weights: Sequence[CanonicalWeight]) -> CanonicalWeight:
     )
 
 
-def _prepare(x: torch.Tensor, before: Before, norm: Norm | None) -> torch.Tensor:
+def _prepare(x: torch.Tensor, before: Before, norm: Norm | None, added: Added | None) -> torch.Tensor:
     if before is Before.NOTHING:
         return x
     weight = None if norm is None or before is not Before.RMS_NORM else norm.weight
@@ -202,6 +206,7 @@ def _prepare(x: torch.Tensor, before: Before, norm: Norm | None) -> torch.Tensor
         norm_weight=weight,
         epsilon=0.0 if norm is None else norm.epsilon,
         silu_mul=before is Before.SILU_MUL,
+        added=added,
     )
 
 

@@ -15,7 +15,7 @@ from atomq.kernels.kv_cache import (
     append_defines,
     append_kv,
     attention_defines,
-    choose_splits,
+    choose_grid,
     decode_attention,
     read_kv,
 )
@@ -244,11 +244,21 @@ def test_the_offset_of_k_after_rope_changes_no_weight_so_the_query_takes_the_sca
     assert torch.allclose(sequences.attend(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_splits_fill_the_gpu_and_no_more():
-    assert choose_splits(n_items=4096, n_pages=16, n_sms=132) == 1
-    assert choose_splits(n_items=32, n_pages=128, n_sms=132) == 17
-    assert choose_splits(n_items=32, n_pages=16, n_sms=132) == 4
-    assert choose_splits(n_items=1, n_pages=1, n_sms=132) == 1
+@pytest.mark.parametrize(
+    ("n_items", "n_pages", "warps_and_splits"),
+    [
+        (1, 1, (4, 1)),
+        (32, 16, (4, 8)),  # two pages each
+        (32, 128, (4, 16)),
+        (300, 128, (4, 1)),
+        (528, 128, (4, 1)),
+        (529, 128, (2, 1)),
+        (1056, 128, (2, 1)),
+        (1057, 128, (4, 1)),
+    ],
+)
+def test_one_wave_of_ctas_is_better_than_two(n_items, n_pages, warps_and_splits):
+    assert choose_grid(n_items, n_pages, n_ctas=4 * 132) == warps_and_splits
 
 
 def test_operands_that_do_not_fit_are_refused():
@@ -307,10 +317,10 @@ def test_operands_that_do_not_fit_are_refused():
 def test_kernels_compile_and_spill_no_more_than_was_timed(arch, name):
     pytest.importorskip("cupy", reason="compiling a kernel needs CuPy and NVRTC")
     layout = LAYOUTS[name]
-    # query heads of a head, an offset of K
-    variants = [(1, False), (4, layout.key_mode > 0)]
+    # query heads of a head, an offset of K, warps of a CTA
+    variants = [(1, False, 4), (4, layout.key_mode > 0, 4)]
     if "common" in name:
-        variants = [(1, False), (8, False)]
+        variants = [(8, False, 4), (1, False, 2), (8, False, 2)]
     reports = [
         *(compile_for(n, arch, **append_defines(layout, torch.float16)) for n in ("kv_append", "kv_read")),
         *(

@@ -8,7 +8,7 @@ import torch
 from atomq.config import ActivationScheme
 from atomq.errors import KernelError
 from atomq.kernels import activations as fronts, reference
-from atomq.kernels.layout import ActivationFormat, ChannelOrder, NormParameters
+from atomq.kernels.layout import ActivationFormat, Added, ChannelOrder, NormParameters
 from atomq.kernels.loader import ARCHITECTURES, compile_for
 from atomq.kernels.repack import SLOT_INPUTS, PackedActivations, unpack_activations
 from atomq.numerics.activations import quantize_activations
@@ -138,6 +138,20 @@ def test_fused_operations_equal_the_operation_and_then_the_quantization():
         assert (fused.codes.int() - expected.codes.int()).count_nonzero() <= 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_is_added_before_a_norm_is_rounded_and_kept(dtype):
+    activations = FORMATS["ragged"]
+    x, order = make_tokens(5, 576, dtype=dtype), make_order(activations)
+    delta = make_tokens(5, 576, 1, dtype).contiguous() / 16  # no sum past F16
+    norm, added = make_norm(activations, order, has_bias=False), Added.to(delta)
+    found = fronts.rms_norm_quantize(x, norm, activations, order, added)
+    total = (x.double() + delta.double()).to(dtype)  # exact, then rounded once
+    assert torch.equal(added.total, total)
+    expected = fronts.rms_norm_quantize(total, norm, activations, order)
+    assert torch.equal(found.codes, expected.codes)
+    assert torch.equal(found.token_scales, expected.token_scales)
+
+
 def test_no_tokens_give_empty_operands():
     quantized = fronts.quantize_act(torch.empty(0, 576), FORMATS["ragged"], make_order(FORMATS["ragged"]))
     assert quantized.codes.shape == (5, 0, 128)
@@ -179,6 +193,10 @@ def test_inputs_that_do_not_fit_are_refused(x, message):
     norm = make_norm(activations, None, has_bias=False)
     with pytest.raises(KernelError, match="needs a bias"):
         fronts.layer_norm_quantize(torch.zeros(2, 512), norm, activations)
+    tokens = torch.zeros(2, 512)
+    for added, name in ((Added.to(tokens[:1]), "delta"), (Added(tokens, tokens.half()), "total")):
+        with pytest.raises(KernelError, match=f"added.{name}"):
+            fronts.rms_norm_quantize(tokens, norm, activations, added=added)
     with pytest.raises(KernelError, match="up of"):
         fronts.silu_mul_quantize(torch.zeros(2, 512), torch.zeros(3, 512), activations)
 
@@ -190,6 +208,19 @@ VARIANTS = [
     {"GATHER": 1, "HADAMARD": 1, "GROUP_SIZE": 64, "LOAD_WIDTH": 1},
     {"GATHER": 1, "HADAMARD": 1, "PROGRESSIVE": 1},
     {"GATHER": 1, "HADAMARD": 1, "PROLOGUE": 1},
+    {"GATHER": 1, "HADAMARD": 1, "PROLOGUE": 1, "ADDS": 1},
+    {"GATHER": 1, "HADAMARD": 1, "PROLOGUE": 1, "ADDS": 1, "SLOT_LANES": 16},
+    {
+        "GATHER": 1,
+        "HADAMARD": 1,
+        "PROLOGUE": 1,
+        "ADDS": 1,
+        "SLOT_LANES": 16,
+        "ELEMENT": "float",
+        "LOAD_WIDTH": 4,
+    },
+    {"HADAMARD": 1, "PROLOGUE": 3, "SLOT_LANES": 16, "GROUP_SIZE": 64},
+    {"HADAMARD": 1, "PROLOGUE": 3, "SLOT_LANES": 16, "PROGRESSIVE": 1, "PARTS": 4},
     {"GATHER": 1, "HADAMARD": 1, "PROLOGUE": 2, "ELEMENT": "__nv_bfloat16"},
     {"HADAMARD": 1, "PROLOGUE": 3},
     {"GATHER": 1, "HADAMARD": 1, "PROLOGUE": 3},
@@ -205,7 +236,9 @@ VARIANTS = [
 def test_kernel_compiles_without_spilling(arch, variant):
     pytest.importorskip("cupy", reason="compiling a kernel needs CuPy and NVRTC")
     defaults = {"ELEMENT": "__half", "PROLOGUE": 0, "GATHER": 0, "HADAMARD": 0, "GROUP_SIZE": 128}
-    defaults |= {"PROGRESSIVE": 0, "LOAD_WIDTH": 8}
+    if arch.startswith("sm_8"):
+        variant = variant | {"PARTS": 1}  # no clusters there
+    defaults |= {"PROGRESSIVE": 0, "LOAD_WIDTH": 8, "ADDS": 0, "PARTS": 1, "SLOT_LANES": 4}
     report = compile_for("quantize_act", arch, **(defaults | variant))
     assert report.spill_bytes == 0, report
 
@@ -251,6 +284,8 @@ def test_fused_kernels_equal_their_twins_but_for_ties(name, gathers):
     for n_tokens in (1, 9, 1200):
         x = make_tokens(n_tokens, activations.n_channels, seed=n_tokens)
         up = make_tokens(n_tokens, activations.n_channels, seed=n_tokens + 1)
+        added = Added.to(up.contiguous() / 16)
+        there = to_cuda(added)
         for function, operands in (
             (fronts.relu_quantize, (x,)),
             (fronts.silu_mul_quantize, (x, up)),
@@ -265,6 +300,12 @@ def test_fused_kernels_equal_their_twins_but_for_ties(name, gathers):
             allowed = 16 * 8 if activations.progressive else 1  # a factor next to an integer may differ, too
             assert difference.max() <= allowed, case
             assert difference.count_nonzero() <= max(2, 2e-4 * difference.numel()), case
+        expected = reference.rms_norm_quantize(x, norm, activations, order, added)
+        on_gpu = None if order is None else to_cuda(order)
+        actual = fronts.rms_norm_quantize(x.cuda(), to_cuda(norm), activations, on_gpu, there)
+        assert torch.equal(there.total.cpu(), added.total), n_tokens
+        difference = (actual.codes.cpu().int() - expected.codes.int()).abs()
+        assert difference.count_nonzero() <= max(2, 2e-4 * difference.numel()), n_tokens
 
 
 def to_cuda_and_run(function, operands, activations, order):

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 from atomq.errors import KernelError
+from atomq.kernels.layout import Added
 from atomq.kernels.loader import ARCHITECTURES, compile_for
 from atomq.kernels.rows import prepare_rows, quantize_rows, scale_sums
 
@@ -51,6 +52,19 @@ def test_rows_are_prepared_and_coded(case):
     assert codes.abs().max() == 127
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_what_is_added_first_is_rounded_and_kept(dtype):
+    x, delta = (make_rows("norm", n).to(dtype) for n in (5, 6))
+    added = Added.to(delta[:5])
+    prepared = prepare_rows(x, **CASES["norm"], added=added)
+    total = (x.double() + delta[:5].double()).to(dtype)  # two 16-bit floats' sum is exact in float64
+    assert torch.equal(added.total, total)
+    assert torch.equal(prepared, prepare_rows(total, **CASES["norm"]))
+    coded = quantize_rows(x, **CASES["norm"], added=added)
+    for found, expected in zip(coded, quantize_rows(total, **CASES["norm"]), strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_sums_are_scaled_by_row_and_channel():
     sums = torch.arange(-12, 12, dtype=torch.int32).reshape(3, 8) * 1000
     rows, channels = torch.tensor([0.5, 2, 3]), torch.linspace(0.1, 1, 8)
@@ -62,7 +76,10 @@ def test_operands_that_do_not_fit_are_refused():
     x = make_rows("plain")
     for call, message in (
         (lambda: prepare_rows(x.double()), "float64"),
-        (lambda: prepare_rows(x[:1, :325]), "325 channels"),
+        (lambda: prepare_rows(torch.zeros(1, 2**17 + 2), silu_mul=True), "65537 channels"),
+        (lambda: prepare_rows(x, added=Added.to(x[:, :3].contiguous())), "added.delta"),
+        (lambda: prepare_rows(x, added=Added(x, x.half())), "added.total"),
+        (lambda: prepare_rows(x, silu_mul=True, added=Added.to(x)), "a norm or SiLU"),
         (lambda: prepare_rows(x, norm_weight=torch.ones(3)), "norm_weight"),
         (
             lambda: scale_sums(
@@ -78,13 +95,37 @@ def test_operands_that_do_not_fit_are_refused():
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_compile_without_spilling(arch):
     pytest.importorskip("cupy", reason="compiling a kernel needs CuPy and NVRTC")
+    sizes = {"ELEMENT": "__half", "LOAD_WIDTH": 8}
     reports = [
-        compile_for("rows", arch, ELEMENT="__half", PROLOGUE=prologue, QUANTIZE=quantize)
+        compile_for(
+            "rows",
+            arch,
+            **sizes,
+            PROLOGUE=prologue,
+            QUANTIZE=quantize,
+            ADDS=int(prologue == 1),
+            VECTORS=vectors,
+            THREADS=512,
+        )
         for prologue in (0, 1, 2)
         for quantize in (0, 1)
+        for vectors in (1, 4)
     ]
     reports.append(compile_for("scale_sums", arch, ELEMENT="__half"))
     assert not any(report.spill_bytes for report in reports), reports
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n_channels", [1, 6, 331, 4096, 11008, 28672])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_sums_of_every_width_are_the_twins_bits(dtype, n_channels):
+    x, delta = torch.randn(2, 19, n_channels, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight = torch.linspace(0.5, 2, n_channels)
+    here, there = Added.to(delta), Added.to(delta.cuda())
+    expected = prepare_rows(x, norm_weight=weight, epsilon=1e-5, added=here)
+    found = prepare_rows(x.cuda(), norm_weight=weight.cuda(), epsilon=1e-5, added=there).cpu()
+    assert torch.equal(there.total.cpu(), here.total)
+    assert torch.allclose(found.float(), expected.float(), rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.gpu
