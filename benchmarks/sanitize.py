@@ -88,12 +88,12 @@ def run_kernels() -> Iterator[str]:
 
 def run_decode_kernels(device: str) -> Iterator[str]:
     """Launch what decoding adds: the paged cache in every layout, ragged and with an empty slot, and rows."""
-    lengths, per_row = (1, 0, 17, 130), 3
+    lengths, per_row = (1, 0, 17, 1090), 18
     table = torch.randperm(len(lengths) * per_row, device=device).int().reshape(len(lengths), per_row)
     rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).int().to(device)
     positions = torch.cat([torch.arange(n) for n in lengths]).int().to(device)
     at = torch.tensor(lengths, dtype=torch.int32, device=device)
-    angles = torch.rand(192, _CACHE_HEAD_DIM // 2, device=device)
+    angles = torch.rand(64 * per_row, _CACHE_HEAD_DIM // 2, device=device)
     norms = torch.rand(2, _CACHE_HEAD_DIM, device=device)
     for name, layout in layouts(2, _CACHE_HEAD_DIM).items():
         heads = HeadParameters.of(
@@ -101,7 +101,7 @@ def run_decode_kernels(device: str) -> Iterator[str]:
             0.1,
             *norms,
             1e-5,
-            *random_balance(CACHES[name], layout, device),
+            *random_balance(CACHES[name], layout, 64 * per_row, device),
         )
         pages = torch.zeros((table.numel(), 2, layout.page_bytes), dtype=torch.uint8, device=device)
         keys, values = torch.randn(2, len(rows), 2, _CACHE_HEAD_DIM, device=device).half()

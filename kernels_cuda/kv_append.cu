@@ -4,7 +4,7 @@
 //   K:  k = k / sqrt(mean k^2 + epsilon) * norm_weight    with norm_weight
 //       k = k - key_offset                                before RoPE with key_offset
 //       k = k * cos + rotate_half(k) * sin                KEY_AFTER_ROPE, by the token's row of `rotary`
-//       k = (k - key_offset) / key_scale                  KEY_AFTER_ROPE with key_scale
+//       k = (k - key_offset[row]) / key_scale             KEY_AFTER_ROPE with key_scale; row: see offset_row
 //   both: x = x H                                         KEY_HADAMARD, VALUE_HADAMARD: as in quantize_kv.cu
 //       low, high = clip * min x, clip * max x;  scale = F16((high - low) / (2^BITS - 1)), 1 where zero;
 //       minimum = F16(low);  code = clamp(rint((x - minimum) / scale), 0, 2^BITS - 1)
@@ -15,7 +15,8 @@
 //   rows          int32 [n_tokens]: the sequence of each token;  positions int32 [n_tokens]: its place there; tokens
 //                 of a negative position are left out
 //   rotary        float32 [positions, HEAD_DIM / 2, 2]: cosine, sine (may be null before RoPE)
-//   norm_weight   float32 [HEAD_DIM] or null;  key_offset, key_scale float32 [n_heads, HEAD_DIM] or null
+//   norm_weight   float32 [HEAD_DIM] or null;  key_scale float32 [n_heads, HEAD_DIM] or null
+//   key_offset    float32 [n_heads, HEAD_DIM], after RoPE [n_offset_rows, n_heads, HEAD_DIM], or null
 //
 // Bit for bit the torch twin's pages without norm_weight, whose sum rounds in its own way. Words that tokens share
 // (V: two tokens) are written by halves, never read.
@@ -58,7 +59,7 @@ kv_append(const ELEMENT* __restrict__ keys, const ELEMENT* __restrict__ values, 
           const int* __restrict__ page_table, const int* __restrict__ rows, const int* __restrict__ positions,
           const float2* __restrict__ rotary, const float* __restrict__ norm_weight,
           const float* __restrict__ key_offset, const float* __restrict__ key_scale, int n_tokens, int n_heads,
-          int token_stride, int table_stride, float epsilon, float clip_ratio) {
+          int token_stride, int table_stride, int n_offset_rows, float epsilon, float clip_ratio) {
     __shared__ float heads[WARPS][STORED_DIM];
     let_next_grid_begin();
     wait_for_earlier_grids();
@@ -80,8 +81,9 @@ kv_append(const ELEMENT* __restrict__ keys, const ELEMENT* __restrict__ values, 
     }
     if (is_key && KEY_AFTER_ROPE) rotate_head(x, rotary + static_cast<long long>(position) * (HEAD_DIM / 2));
     if (is_key && KEY_AFTER_ROPE && key_scale != nullptr) {
+        const float* offset = key_offset + (offset_row(position, n_offset_rows) * n_heads + head) * HEAD_DIM;
         for (int i = lane; i < HEAD_DIM; i += 32) {
-            x[i] = ieee::div(ieee::sub(x[i], key_offset[head * HEAD_DIM + i]), key_scale[head * HEAD_DIM + i]);
+            x[i] = ieee::div(ieee::sub(x[i], offset[i]), key_scale[head * HEAD_DIM + i]);
         }
         __syncwarp();
     }

@@ -6,8 +6,7 @@
 //   pages, page_table, rotary, norm_weight   as in kv_append.cu
 //   page_turns half2 [SLOTS / 4][PAGE_TOKENS][4][2][2]: cosines, sines of rotary's first page for two channels each, by
 //              two slots, place, lane t and slot; KEY_MODE 2: cosine - sine and cosine + sine
-//   key_offset as in kv_append.cu, for K before RoPE (after it, it adds the same to all scores of a query)
-//   key_scale  as in kv_append.cu: the query is multiplied by it after RoPE
+//   key_offset, key_scale, n_offset_rows   as in kv_append.cu; the query is multiplied by key_scale after RoPE
 //   lengths    int32 [n_sequences], the new token included; 0 for an empty slot, whose output is 0
 //   out        ELEMENT [n_sequences, n_heads * GROUP, HEAD_DIM], contiguous
 //   partials   float32 [n_sequences, n_heads, n_splits, GROUP, STORED_DIM + 2], counters uint32 [n_sequences, n_heads],
@@ -43,6 +42,7 @@ namespace {
 
 constexpr int STEP_TOKENS = 16;
 constexpr int PAGE_STEPS = PAGE_TOKENS / STEP_TOKENS;
+constexpr int OFFSET_PAGES = OFFSET_TOKENS / PAGE_TOKENS;
 constexpr int STAGE_WORDS = 4 * 32 * CHUNK_WORDS;
 constexpr int RANGE_WORDS = BITS < 16 ? 2 * PAGE_TOKENS : 0;  // of a page; of two, as no copy is more than a page ahead
 constexpr int ROWS = (QUERY_ROWS + N_WARPS - 1) / N_WARPS;  // of the queries, of a warp
@@ -60,7 +60,8 @@ constexpr float LOG2_E = 1.44269504f;
 constexpr int RESIDENT_CTAS =  // compilers for sm_100 and later need more registers
     MIN_CTAS * N_WARPS > 8 && __CUDA_ARCH__ >= 1000 ? 8 / N_WARPS : MIN_CTAS;
 
-static_assert(KEY_MODE || !KEY_OFFSET, "after RoPE an offset changes nothing");
+static_assert(KEY_MODE || !KEY_OFFSET, "after RoPE key_offset goes with key_scale");
+static_assert(OFFSET_TOKENS % PAGE_TOKENS == 0, "a page has one offset");
 static_assert(KEY_MODE == 0 || BITS < 16, "a float16 cache holds K after RoPE");
 static_assert(KEY_MODE != 2 || (BITS == 4 && (HEAD_DIM & (HEAD_DIM - 1)) == 0 && HEAD_DIM >= 64), "exact sums");
 static_assert(STAGES <= PAGE_STEPS + 1, "ranges of two pages");
@@ -106,7 +107,7 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
              const int* __restrict__ lengths, const float2* __restrict__ rotary, const unsigned* __restrict__ page_turns,
              const float* __restrict__ norm_weight, const float* __restrict__ key_offset, const float* __restrict__ key_scale,
              ELEMENT* __restrict__ out, float* __restrict__ partials, unsigned* __restrict__ counters, int query_stride,
-             int table_stride, float epsilon, float softmax_scale) {
+             int table_stride, int n_offset_rows, float epsilon, float softmax_scale) {
     extern __shared__ __align__(16) unsigned shared[];
     float* queries = reinterpret_cast<float*>(shared);
     unsigned* turns = shared + QUERY_WORDS;
@@ -227,6 +228,10 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
     const unsigned last_stage = own_ring + (STAGES - 1) * STAGE_WORDS * 4;
     unsigned free_stage = last_stage;
     int left = length - first * PAGE_TOKENS;
+    // K after RoPE less offsets: each adds the same to all scores of its positions, so the only one is nothing to softmax.
+    const bool has_offsets = KEY_MODE == 0 && key_scale != nullptr;
+    const int last_row = has_offsets ? offset_row(position, n_offset_rows) : 0;
+    int row = last_row ? -1 : 0;
 
 #pragma unroll 1
     for (int page = 0; page < walk.n_pages; ++page, left -= N_WARPS * PAGE_TOKENS) {
@@ -240,6 +245,13 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
             for (int i = 0; PARKS_OPERAND && i < HEAD_TILES * SLOTS; ++i) {
                 parked[i * 32 * N_WARPS] = operand[i / SLOTS][i % SLOTS];
             }
+        }
+        if (KEY_MODE == 0 && row != min((first + page * N_WARPS) / OFFSET_PAGES, last_row)) {
+            row = min((first + page * N_WARPS) / OFFSET_PAGES, last_row);
+            float missing[HEAD_TILES][LANE_COLUMNS];
+            const float* offset = key_offset + (row * n_heads + head) * HEAD_DIM;
+            offset_scores(queries, offset, key_scale + head * HEAD_DIM, t, missing);
+            softmax.move(missing);
         }
         const bool odd = TOGETHER == 8 && slot % 2;  // one query: which of the lane's columns may be this page's
         int lane_left = TOGETHER == 1 || (2 * t + odd) / GROUP == slot ? left - g : 0;

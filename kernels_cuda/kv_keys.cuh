@@ -2,6 +2,7 @@
 // coded before RoPE, and the queries that meet them.
 #pragma once
 
+#include "head_shared.cuh"
 #include "kv_mma.cuh"
 #include "kv_pages.cuh"
 
@@ -184,5 +185,35 @@ __device__ __forceinline__ void query_sums(const unsigned (&operand)[HEAD_TILES]
         sum += __shfl_xor_sync(ALL_LANES, sum, 2);
 #pragma unroll
         for (int j = 0; j < 2; ++j) sums[tile][j] = __shfl_sync(ALL_LANES, sum, (2 * t + j) * 4);
+    }
+}
+
+// What an offset o of K after RoPE adds to the scores of the lane's columns: q . o. The queries lie in shared memory as they
+// meet the codes, times the scales and under the Hadamard, so o goes over the scales and under it, too.
+__device__ __forceinline__ void offset_scores(const float* queries, const float* offset, const float* scale, int t,
+                                              float (&scores)[HEAD_TILES][LANE_COLUMNS]) {
+    const int lane = threadIdx.x % 32;
+    float x[LANE_PARTS];
+#pragma unroll
+    for (int k = 0; k < LANE_PARTS; ++k) {
+        const int channel = lane + 32 * k;
+        x[k] = channel < HEAD_DIM ? offset[channel] / scale[channel] : 0.0f;
+    }
+    if (KEY_HADAMARD) transform_lane_head(x);
+#pragma unroll
+    for (int i = 0; i < HEAD_TILES * LANE_COLUMNS; ++i) scores[i / LANE_COLUMNS][i % LANE_COLUMNS] = 0.0f;
+#pragma unroll 4
+    for (int head = 0; head < GROUP; ++head) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int k = 0; k < LANE_PARTS; ++k) {
+            if (lane + 32 * k < HEAD_DIM) sum += queries[head * QUERY_STRIDE + lane + 32 * k] * x[k];
+        }
+        sum = sum_of_warp(sum);
+#pragma unroll
+        for (int i = 0; i < HEAD_TILES * LANE_COLUMNS; ++i) {
+            const int tile = i / LANE_COLUMNS, j = i % LANE_COLUMNS;
+            if (tile * 8 + 2 * t + j == head) scores[tile][j] = sum;
+        }
     }
 }

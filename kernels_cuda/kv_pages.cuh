@@ -18,8 +18,8 @@
 // there are no ranges: value = code * scale + minimum otherwise.
 #pragma once
 
-#if !defined(HEAD_DIM) || !defined(BITS)
-#error "kv_pages.cuh needs HEAD_DIM and BITS"
+#if !defined(HEAD_DIM) || !defined(BITS) || !defined(OFFSET_TOKENS)
+#error "kv_pages.cuh needs HEAD_DIM, BITS and OFFSET_TOKENS"
 #endif
 
 constexpr int PAGE_TOKENS = 64;
@@ -40,6 +40,9 @@ static_assert(HEAD_DIM % 16 == 0 && PLANES * PLANE_WORDS == CHUNK_WORDS, "channe
 __device__ __forceinline__ int chunk_word(int chunk, int word) {
     return word / PLANE_WORDS * (PAGE_CHUNKS * PLANE_WORDS) + chunk * PLANE_WORDS + word % PLANE_WORDS;
 }
+
+// The row of the offsets of K after RoPE that a position takes.
+__device__ __forceinline__ int offset_row(int position, int n_rows) { return min(position / OFFSET_TOKENS, n_rows - 1); }
 
 // The channel of the head at place `i` (0 .. STORED_DIM / 2 - 1) of a half of K, or -1 where it is filled up.
 __device__ __forceinline__ int key_channel(int half, int i) {

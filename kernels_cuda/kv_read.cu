@@ -1,6 +1,6 @@
 // kv_read: K after RoPE and V of cached tokens, as attention over a whole prompt reads them. Per token and head, in
 // float32: x = code * scale + minimum; x = x H where it was coded so; before RoPE k = k + key_offset, turned; after it
-// k = k * key_scale + key_offset.
+// k = k * key_scale + key_offset[row].
 //
 //   pages, page_table, rows, positions, rotary, key_offset, key_scale   as in kv_append.cu; no position may be negative
 //   keys, values   ELEMENT [n_tokens, n_heads, HEAD_DIM], contiguous
@@ -27,7 +27,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 kv_read(const unsigned* __restrict__ pages, const int* __restrict__ page_table, const int* __restrict__ rows,
         const int* __restrict__ positions, const float2* __restrict__ rotary, const float* __restrict__ key_offset,
         const float* __restrict__ key_scale, ELEMENT* __restrict__ keys, ELEMENT* __restrict__ values, int n_tokens,
-        int n_heads, int table_stride) {
+        int n_heads, int table_stride, int n_offset_rows) {
     __shared__ float heads[WARPS][HEAD_DIM];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int item = blockIdx.x * WARPS + warp;
@@ -56,9 +56,10 @@ kv_read(const unsigned* __restrict__ pages, const int* __restrict__ page_table, 
     __syncwarp();
     if (is_key ? KEY_HADAMARD : VALUE_HADAMARD) transform_shared_head(x);
     if (is_key && key_offset != nullptr) {
+        const int row = KEY_AFTER_ROPE ? offset_row(position, n_offset_rows) : 0;
+        const float* offset = key_offset + (row * n_heads + head) * HEAD_DIM;
         for (int i = lane; i < HEAD_DIM; i += 32) {
-            const int at = head * HEAD_DIM + i;
-            x[i] = ieee::add(KEY_AFTER_ROPE ? ieee::mul(x[i], key_scale[at]) : x[i], key_offset[at]);
+            x[i] = ieee::add(KEY_AFTER_ROPE ? ieee::mul(x[i], key_scale[head * HEAD_DIM + i]) : x[i], offset[i]);
         }
         __syncwarp();
     }

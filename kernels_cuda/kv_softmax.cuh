@@ -17,10 +17,11 @@ __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff80
 struct Softmax {
     static constexpr int FIRST = GROUP == 1 ? 1 : TOGETHER > 1 ? GROUP / 2 : 4;  // lanes so far apart have the same query
     float log_scale, slack, reference[HEAD_TILES][LANE_COLUMNS], shift[HEAD_TILES][LANE_COLUMNS];
+    float missing[HEAD_TILES][LANE_COLUMNS];  // of the scores that `refer` and `add` get, and of the reference
     float denominator[HEAD_TILES][LANE_COLUMNS], minima[HEAD_TILES][LANE_COLUMNS], numerators[HEAD_TILES][SLOTS / 2][4];
 
     __device__ explicit Softmax(float scale)
-        : log_scale(scale), slack(REFERENCE_SLACK / scale), denominator{}, minima{}, numerators{} {
+        : log_scale(scale), slack(REFERENCE_SLACK / scale), missing{}, denominator{}, minima{}, numerators{} {
 #pragma unroll
         for (int i = 0; i < LANE_COLUMNS * HEAD_TILES; ++i) reference[i / LANE_COLUMNS][i % LANE_COLUMNS] = minus_infinity();
     }
@@ -53,6 +54,17 @@ struct Softmax {
                     if (LANE_COLUMNS == 1 || n % 2 == j) numerators[tile][k][n] *= factor;
                 }
             }
+        }
+    }
+
+    // From here on `short_of` is missing from all scores.
+    __device__ void move(const float (&short_of)[HEAD_TILES][LANE_COLUMNS]) {
+#pragma unroll
+        for (int i = 0; i < LANE_COLUMNS * HEAD_TILES; ++i) {
+            const int tile = i / LANE_COLUMNS, j = i % LANE_COLUMNS;
+            reference[tile][j] += missing[tile][j] - short_of[tile][j];
+            missing[tile][j] = short_of[tile][j];
+            shift[tile][j] = -reference[tile][j] * log_scale;
         }
     }
 
@@ -121,7 +133,7 @@ struct Softmax {
             for (int slot = 0; slot < SLOTS; ++slot) {
                 row[slot * 9 + g] = sums[slot] * (CODE_UNIT / WEIGHT_UNIT / slot_unit(slot)) + minima[tile][j];
             }
-            if (g == 0) row[SLOTS * 9] = reference[tile][j] * log_scale, row[SLOTS * 9 + 1] = denominator[tile][j];
+            if (g == 0) row[SLOTS * 9] = (reference[tile][j] + missing[tile][j]) * log_scale, row[SLOTS * 9 + 1] = denominator[tile][j];
         }
     }
 };

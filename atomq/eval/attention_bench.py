@@ -87,7 +87,7 @@ def _ours(case: Case, layout: PageFormat, scheme: KVScheme, copies: int) -> list
         0, -4, case.head_dim // 2, device="cuda"
     )
     rotary = torch.stack((angles.cos(), angles.sin()), dim=-1).contiguous()
-    offset, scale = random_balance(scheme, layout, "cuda")
+    offset, scale = random_balance(scheme, layout, case.context, "cuda")
     heads = HeadParameters.of(rotary, case.head_dim**-0.5, key_offset=offset, key_scale=scale)
     query = normal(case.batch, case.n_heads * case.group, case.head_dim)
     lengths = torch.full((case.batch,), case.context, dtype=torch.int32, device="cuda")

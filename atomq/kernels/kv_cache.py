@@ -16,6 +16,7 @@ from atomq.kernels import kv_reference
 from atomq.kernels.kv_pages import PAGE_TOKENS, HeadParameters, PageFormat
 from atomq.kernels.loader import compile_kernel, device_limits, launch
 from atomq.kernels.operands import check_operand
+from atomq.numerics.kv import OFFSET_TOKENS
 
 _ELEMENTS = {torch.float16: "__half", torch.bfloat16: "__nv_bfloat16", torch.float32: "float"}
 _WARPS = 4
@@ -76,6 +77,7 @@ def append_kv(
         layout.n_heads,
         keys.stride(0),
         table.stride(0),
+        heads.n_offset_rows,
         heads.epsilon,
         layout.clip_ratio,
     )
@@ -123,6 +125,7 @@ def read_kv(
             n_tokens,
             layout.n_heads,
             table.stride(0),
+            heads.n_offset_rows,
         )
         n_ctas = math.ceil(2 * n_tokens * layout.n_heads / _WARPS)
         launch(kernel, (n_ctas,), (32 * _WARPS,), arguments, device=device)
@@ -206,6 +209,7 @@ def decode_attention(
         counters,
         query.stride(0),
         table.shape[1],
+        heads.n_offset_rows,
         heads.epsilon,
         heads.softmax_scale,
     )
@@ -240,6 +244,7 @@ def append_defines(layout: PageFormat, dtype: torch.dtype) -> dict[str, int | st
         "ELEMENT": _ELEMENTS[dtype],
         "HEAD_DIM": layout.head_dim,
         "BITS": layout.n_bits,
+        "OFFSET_TOKENS": OFFSET_TOKENS,
         "KEY_AFTER_ROPE": int(layout.key_mode == 0),
         "KEY_HADAMARD": int(layout.rotates_keys),
         "VALUE_HADAMARD": int(layout.rotates_values),
@@ -269,6 +274,7 @@ def attention_defines(
         "ELEMENT": _ELEMENTS[dtype],
         "HEAD_DIM": layout.head_dim,
         "BITS": layout.n_bits,
+        "OFFSET_TOKENS": OFFSET_TOKENS,
         "GROUP": group,
         "KEY_MODE": mode,
         "KEY_HADAMARD": int(layout.rotates_keys),
@@ -307,9 +313,12 @@ def _check_pages(
     for name, norm in (("query_norm", heads.query_norm), ("key_norm", heads.key_norm)):
         if norm is not None:
             check(name, norm, dtype=torch.float32, shape=(layout.head_dim,))
-    for name, of_key in (("key_offset", heads.key_offset), ("key_scale", heads.key_scale)):
-        if of_key is not None:
-            check(name, of_key, dtype=torch.float32, shape=(layout.n_heads, layout.head_dim))
+    shape_of_key = (layout.n_heads, layout.head_dim)
+    if heads.key_scale is not None:
+        check("key_scale", heads.key_scale, dtype=torch.float32, shape=shape_of_key)
+    if heads.key_offset is not None:
+        rows = () if layout.key_position == "before_rope" else (heads.n_offset_rows,)
+        check("key_offset", heads.key_offset, dtype=torch.float32, shape=(*rows, *shape_of_key))
     if layout.key_position == "before_rope" and heads.key_scale is not None:
         raise KernelError(f"{kernel}: key_scale; it divides K after RoPE, and these pages hold K before it")
     if layout.key_position == "after_rope" and (heads.key_offset is None) != (heads.key_scale is None):

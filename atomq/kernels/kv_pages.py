@@ -122,9 +122,10 @@ class HeadParameters(NamedTuple):
         softmax_scale: factor of the scores.
         query_norm, key_norm: weights [head_dim] of the RMS norms of a head before RoPE, or None.
         epsilon: of the norms.
-        key_offset: [n_heads, head_dim], taken off K where it is coded, before or after RoPE; or None.
-        key_scale: [n_heads, head_dim], of K after RoPE with `key_offset`: K less its offset is divided by it;
-            or None. A query is multiplied by it instead of K, and the offset adds the same to all its scores.
+        key_offset: taken off K where it is coded, or None: before RoPE [n_heads, head_dim], after it
+            [n_rows, n_heads, head_dim], a row for `numerics.kv.OFFSET_TOKENS` positions, the last one for all
+            that follow.
+        key_scale: [n_heads, head_dim], what K after RoPE less its offset is divided by; or None.
         page_turns: `rotary`'s first page as the decode kernel reads it, for K before RoPE: as it is, and as
             it turns what the Hadamard makes of K's halves (see `rebuild` of kv_keys.cuh).
     """
@@ -159,6 +160,11 @@ class HeadParameters(NamedTuple):
         )  # place, t, two slots, slot, channel, kind, part
         page_turns = by_lane.permute(5, 2, 0, 1, 3, 6, 4).half().contiguous()
         return cls(rotary, softmax_scale, query_norm, key_norm, epsilon, key_offset, key_scale, page_turns)
+
+    @property
+    def n_offset_rows(self) -> int:
+        """Rows of `key_offset`; 1 without rows."""
+        return 1 if self.key_offset is None or self.key_offset.ndim < 3 else self.key_offset.shape[0]
 
 
 @functools.cache

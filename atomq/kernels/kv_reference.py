@@ -10,6 +10,7 @@ import torch
 from atomq.config import FLOAT_BITS
 from atomq.kernels.kv_pages import PAGE_TOKENS, HeadParameters, PageFormat
 from atomq.kernels.reference import butterflies
+from atomq.numerics.kv import OFFSET_TOKENS
 from atomq.numerics.scales import F16_LARGEST
 
 
@@ -90,7 +91,7 @@ def read_kv(
     if heads.key_scale is not None:
         keys = keys * heads.key_scale
     if heads.key_offset is not None:
-        keys = keys + heads.key_offset
+        keys = keys + _offset_at(positions, heads.key_offset)
     if layout.key_position == "before_rope":
         keys = rotate(keys, positions, heads)
     return keys.to(dtype), values.to(dtype)
@@ -104,10 +105,17 @@ def coded_keys(
     if layout.key_position == "after_rope":
         x = rotate(x, positions, heads)
     if heads.key_offset is not None:
-        x = x - heads.key_offset
+        x = x - _offset_at(positions, heads.key_offset)
     if heads.key_scale is not None:
         x = x / heads.key_scale
     return butterflies(x) if layout.rotates_keys else x
+
+
+def _offset_at(positions: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """`HeadParameters.key_offset` at int64 `positions` [T]: [T or 1, H, head_dim]."""
+    if offset.ndim < 3:
+        return offset[None]
+    return offset[(positions // OFFSET_TOKENS).clamp(max=len(offset) - 1)]
 
 
 def rotate(x: torch.Tensor, positions: torch.Tensor, heads: HeadParameters) -> torch.Tensor:

@@ -105,14 +105,14 @@ def _block(name: str, layer: Any, rotary: torch.Tensor, dtype: torch.dtype) -> B
     attention, mlp = layer.self_attn, layer.mlp
     query_norm, key_norm = (getattr(attention, n, None) for n in ("q_norm", "k_norm"))
     quantizer = getattr(attention, "atomq_kv", None)
-    offset = None if quantizer is None else quantizer.key_offset()
+    of_keys = (None, None) if quantizer is None else (quantizer.key_offset(), quantizer.key_scale())
     heads = HeadParameters.of(
         rotary,
         attention.scaling,
         None if query_norm is None else query_norm.weight.detach().float(),
         None if key_norm is None else key_norm.weight.detach().float(),
         0.0 if key_norm is None else key_norm.variance_epsilon,
-        None if offset is None else offset.float(),
+        *(None if x is None else x.float() for x in of_keys),
     )
     first, second = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
 

@@ -17,6 +17,7 @@ from atomq.config import KeyPosition, KVScheme
 from atomq.kernels.kv_pages import HeadParameters, PageFormat
 from atomq.kernels.layout import ActivationFormat
 from atomq.kernels.repack import CanonicalWeight
+from atomq.numerics.kv import OFFSET_TOKENS
 from atomq.presets import DEFAULT_PRESET, find_preset
 from atomq.runtime.decoder import Block, Decoder
 from atomq.runtime.stages import Before, FloatStage, Int8Stage, Norm, Stage, W4A4Stage, W4A16Stage
@@ -87,11 +88,12 @@ def cache_layout(shape: DecoderShape, scheme: Scheme, kv: KVScheme) -> PageForma
 
 
 def random_balance(
-    kv: KVScheme, layout: PageFormat, device: torch.device | str
+    kv: KVScheme, layout: PageFormat, n_positions: int, device: torch.device | str
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """`HeadParameters.key_offset` and `key_scale`, each if the scheme has it; scales lie around 1."""
     shape = (layout.n_heads, layout.head_dim)
-    offset = torch.randn(shape, device=device) if kv.has_key_offset else None
+    rows = (math.ceil(n_positions / OFFSET_TOKENS),) if kv.has_key_scale else ()
+    offset = torch.randn((*rows, *shape), device=device) if kv.has_key_offset else None
     scale = torch.rand(shape, device=device) + 0.5 if kv.has_key_scale else None
     return offset, scale
 
@@ -110,7 +112,8 @@ def random_decoder(
     """
     kv = cache_scheme(key_position)
     layout = cache_layout(shape, scheme, kv)
-    offset, scale = random_balance(kv if layout.n_bits == kv.n_bits else KVScheme(), layout, device)
+    stored = kv if layout.n_bits == kv.n_bits else KVScheme()
+    offset, scale = random_balance(stored, layout, max_positions, device)
     heads = HeadParameters.of(
         _rotary(shape.head_dim, max_positions, device),
         shape.head_dim**-0.5,

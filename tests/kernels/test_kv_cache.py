@@ -22,7 +22,7 @@ from atomq.kernels.kv_cache import (
 from atomq.kernels.kv_pages import HEAD_DIMS, PAGE_TOKENS, HeadParameters, PageFormat
 from atomq.kernels.loader import ARCHITECTURES, compile_for
 from atomq.numerics.hadamard import transform_blocks
-from atomq.numerics.kv import dequantize_heads, quantize_heads
+from atomq.numerics.kv import OFFSET_TOKENS, dequantize_heads, quantize_heads
 
 LAYOUTS = {
     "int4 before rope": PageFormat(2, 64, clip_ratio=0.95),
@@ -45,9 +45,10 @@ def make_heads(layout: PageFormat, *, norms=False, offset=False, n_positions=192
     generator = torch.Generator().manual_seed(layout.head_dim)
     angles = torch.arange(n_positions)[:, None] * torch.logspace(0, -3, layout.head_dim // 2)
     norm = [torch.rand(layout.head_dim, generator=generator) + 0.5 for _ in range(2)]
+    rows = (math.ceil(n_positions / OFFSET_TOKENS),) if layout.key_mode == 0 else ()
     shape = (layout.n_heads, layout.head_dim)
     key_offset, key_scale = (
-        torch.randn(shape, generator=generator) * 2,
+        torch.randn((*rows, *shape), generator=generator) * 2,
         torch.rand(shape, generator=generator) * 2 + 0.1,
     )
     return HeadParameters.of(
@@ -140,9 +141,12 @@ def naive_attention(sequences: Sequences) -> torch.Tensor:
             scores, values = [], []
             for place in range(length):
                 key = norm(sequences.keys[start + place, own].double(), heads.key_norm)
+                offset, scale = heads.key_offset, heads.key_scale
+                if offset is not None and layout.key_position == "after_rope":
+                    offset = offset[min(place // OFFSET_TOKENS, len(offset) - 1)]
                 offset, scale = (
-                    default if x is None else x[own].double()
-                    for x, default in ((heads.key_offset, 0.0), (heads.key_scale, 1.0))
+                    (0.0 if offset is None else offset[own].double()),
+                    (1.0 if scale is None else scale[own].double()),
                 )
                 if layout.key_position == "after_rope":
                     key = cached((turn(key, place) - offset) / scale, "K") * scale + offset
@@ -235,13 +239,36 @@ def test_the_turns_of_a_rotated_page_take_the_last_butterfly_along():
     assert torch.allclose(found, expected, atol=5e-3)
 
 
-def test_the_offset_of_k_after_rope_changes_no_weight_so_the_query_takes_the_scale_alone():
+def test_a_position_takes_its_row_of_offsets_and_the_last_one_behind_all_rows():
+    layout = LAYOUTS["int8 after rope"]
+    heads = make_heads(layout, offset=True, n_positions=2 * OFFSET_TOKENS)
+    sequences = Sequences(layout, heads, (2 * OFFSET_TOKENS,)).append()
+    positions = sequences.positions.long()
+    turned = kv_reference.rotate(sequences.keys, positions, heads)
+    keys, _ = sequences.read(torch.float32)
+    assert (keys - turned).norm() <= 0.05 * turned.norm()
+    for offset, rows in ((heads.key_offset, (0, 1)), (heads.key_offset[1:], (0, 0))):
+        stored = heads._replace(key_offset=offset)
+        found = kv_reference.coded_keys(sequences.keys, positions, layout, stored)
+        for part, row in zip((slice(OFFSET_TOKENS), slice(OFFSET_TOKENS, None)), rows, strict=True):
+            assert torch.equal(found[part], (turned[part] - offset[row]) / heads.key_scale)
+
+
+def test_one_row_of_offsets_changes_no_weight_of_the_softmax():
     layout = LAYOUTS["int8 after rope"]
     heads = make_heads(layout, offset=True)
     sequences = Sequences(layout, heads, (66,)).append()
     expected = sequences.attend()
     sequences.heads = heads._replace(key_offset=torch.zeros_like(heads.key_offset))
     assert torch.allclose(sequences.attend(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_over_rows_of_offsets_is_that_of_a_naive_loop():
+    layout = PageFormat(1, 64, 4, "after_rope", "hadamard", "hadamard")
+    heads = make_heads(layout, offset=True, n_positions=OFFSET_TOKENS + PAGE_TOKENS)
+    sequences = Sequences(layout, heads, (OFFSET_TOKENS + 30,)).append()
+    expected = naive_attention(sequences)
+    assert (sequences.attend().double() - expected).norm() <= 2e-3 * expected.norm()
 
 
 @pytest.mark.parametrize(
@@ -265,6 +292,7 @@ def test_operands_that_do_not_fit_are_refused():
     layout = LAYOUTS["int4 before rope"]
     sequences = Sequences(layout, make_heads(layout), (1, 2))
     after = dataclasses.replace(layout, key_position="after_rope")
+    balanced = make_heads(after, offset=True)
 
     def append(**changes):
         names = ("keys", "values", "pages", "table", "rows", "positions", "layout", "heads")
@@ -292,7 +320,11 @@ def test_operands_that_do_not_fit_are_refused():
             "key_scale",
         ),
         (lambda: attend(layout=after, heads=sequences.heads._replace(key_scale=torch.ones(2, 64))), "both"),
-        (lambda: append(layout=after, heads=sequences.heads._replace(key_offset=torch.ones(2, 64))), "both"),
+        (
+            lambda: append(layout=after, heads=sequences.heads._replace(key_offset=torch.ones(1, 2, 64))),
+            "both",
+        ),
+        (lambda: append(layout=after, heads=balanced._replace(key_offset=torch.ones(2, 64))), "key_offset"),
         (lambda: PageFormat(2, 72), "head_dim 72"),
         (lambda: PageFormat(2, 64, 3), "3 bits"),
         (lambda: PageFormat(2, 96, 4, "before_rope", "hadamard"), "kv.key_position=after_rope"),
@@ -375,14 +407,14 @@ def test_every_length_up_to_8192_agrees(head_dim, key_position):
 )
 def test_a_large_batch_of_grouped_queries_agrees(name):
     layout = dataclasses.replace(LAYOUTS[name], n_heads=8)
-    heads = make_heads(layout, offset=layout.n_bits == 4 or layout.key_mode > 0, n_positions=1024)
-    lengths = (1024, 1019, 960, *(1024 for _ in range(125)))
-    n_pages = len(lengths) * 16
+    heads = make_heads(layout, offset=layout.n_bits == 4 or layout.key_mode > 0, n_positions=1152)
+    lengths = (1100, 1095, 960, *(1100 for _ in range(125)))
+    n_pages = len(lengths) * 18
     generator = torch.Generator("cuda").manual_seed(0)
     shape = (n_pages, 8, layout.page_bytes // 2)
     pages = torch.randn(shape, generator=generator, device="cuda", dtype=torch.float16) * 0.2
     heads = HeadParameters(*(x.cuda() if isinstance(x, torch.Tensor) else x for x in heads))
-    table = torch.randperm(n_pages, generator=generator, device="cuda").int().reshape(-1, 16)
+    table = torch.randperm(n_pages, generator=generator, device="cuda").int().reshape(-1, 18)
     query = torch.randn((128, 64, layout.head_dim), generator=generator, device="cuda")
     at = torch.tensor(lengths, dtype=torch.int32, device="cuda")
     found = decode_attention(query, pages.view(torch.uint8), table, at, layout, heads)

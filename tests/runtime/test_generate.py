@@ -31,6 +31,7 @@ SCHEMES = {
     "atom": PLAIN,
     "key before rope, rotated": {**PLAIN, "kv.rotation": "hadamard"},
     "key after rope, rotated": {**PLAIN, **AFTER_ROPE},
+    "key after rope, balanced": {**PLAIN, **AFTER_ROPE, "kv.key_balance": True, "solver.method": "gptq"},
     "kv in 8 bits": {**PLAIN, "kv.n_bits": 8},
     "hadamard": {**PLAIN, "transform": "hadamard"},
     "progressive": {
