@@ -298,6 +298,14 @@ def test_eval_ppl_prints_one_json_document_with_both_models(run, model, made, te
     assert document["ppl"] != document["baseline_ppl"]
 
 
+@pytest.mark.parametrize("beside", [True, False])
+def test_eval_ppl_has_a_column_of_divergences_only_beside_a_baseline(run, model, made, text_file, beside):
+    baseline = ["--baseline", model] if beside else []
+    code, out, _ = run("eval-ppl", made, *baseline, "--data", text_file, "--seq-len", 64, "--max-windows", 2)
+    assert code == 0
+    assert ("KL from baseline" in out) == beside
+
+
 def test_eval_ppl_of_a_float_model_has_no_baseline_keys(run, model, text_file):
     code, out, _ = run("eval-ppl", model, "--data", text_file, "--seq-len", 64, "--json")
     document = only_document(out)

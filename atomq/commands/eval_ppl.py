@@ -68,8 +68,12 @@ def command(
     if json_output:
         console.print_json(record)
         return
-    rows = [[record["model"], f"{result.ppl:.4f}", "" if result.kl is None else f"{result.kl:.5f}"]]
-    if result.baseline_ppl is not None:
-        rows.insert(0, [record["baseline"], f"{result.baseline_ppl:.4f}", ""])
+    head, rows = ["model", "perplexity"], [[record["model"], f"{result.ppl:.4f}"]]
+    if result.baseline_ppl is not None and result.kl is not None:
+        head.append("KL from baseline (nats)")
+        rows = [
+            [record["baseline"], f"{result.baseline_ppl:.4f}", ""],
+            [*rows[0], f"{result.kl:.5f}"],
+        ]
     title = f"{record['data']}: {result.n_windows} windows of {result.seq_len} tokens"
-    console.print_table(title, ["model", "perplexity", "KL from baseline (nats)"], rows)
+    console.print_table(title, head, rows)
