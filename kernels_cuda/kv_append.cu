@@ -32,6 +32,7 @@
 
 #include "grid_order.cuh"
 #include "head_shared.cuh"
+#include "int_codes.cuh"
 #include "kv_pages.cuh"
 
 namespace {
@@ -46,9 +47,10 @@ __device__ __forceinline__ float largest_of_warp(float x) {
     return x;
 }
 
-__device__ __forceinline__ unsigned code_of(float x, float minimum, float scale) {
+__device__ __forceinline__ unsigned code_of(float x, float minimum, float scale, float inverse) {
     if (BITS == 16) return __half_as_ushort(__float2half_rn(ieee::clamp(x, -F16_LARGEST, F16_LARGEST)));
-    const float ratio = ieee::div(ieee::sub(x, minimum), scale);
+    const float above = ieee::sub(x, minimum);  // an F16 scale is 2^-24 at least
+    const float ratio = BITS == 4 ? quotient(above, scale, inverse) : ieee::div(above, scale);
     return static_cast<unsigned>(ieee::rint(ieee::clamp(ratio, 0.0f, LARGEST_CODE)));
 }
 
@@ -61,29 +63,49 @@ kv_append(const ELEMENT* __restrict__ keys, const ELEMENT* __restrict__ values, 
           const float* __restrict__ key_offset, const float* __restrict__ key_scale, int n_tokens, int n_heads,
           int token_stride, int table_stride, int n_offset_rows, float epsilon, float clip_ratio) {
     __shared__ float heads[WARPS][STORED_DIM];
-    let_next_grid_begin();
-    wait_for_earlier_grids();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int item = blockIdx.x * WARPS + warp;
     const int token = item / (2 * n_heads), head = item / 2 % n_heads;
     const bool is_key = item % 2 == 0;
-    if (token >= n_tokens || positions[token] < 0) return;
-    const int position = positions[token];
     float* x = heads[warp];
-
+    // Everything is asked for as early as its address is known: each of these reads may have to go to memory, and one after
+    // the other they took longer than all the rest.
+    float scales[LANE_PARTS], offsets[LANE_PARTS];
+    if (is_key && key_scale != nullptr) load_lane_head(key_scale + head * HEAD_DIM, scales);
+    let_next_grid_begin();
+    wait_for_earlier_grids();
+    if (token >= n_tokens) return;
+    const int position = positions[token], row = rows[token];
     const ELEMENT* source = (is_key ? keys : values) + static_cast<long long>(token) * token_stride + head * HEAD_DIM;
-    for (int i = lane; i < STORED_DIM; i += 32) x[i] = i < HEAD_DIM ? static_cast<float>(source[i]) : 0.0f;
+    ELEMENT items[LANE_PARTS];
+#pragma unroll
+    for (int k = 0; k < LANE_PARTS; ++k) {
+        if (lane + 32 * k < HEAD_DIM) items[k] = source[lane + 32 * k];
+    }
+    if (position < 0) return;
+    const int page = page_table[row * table_stride + position / PAGE_TOKENS];
+    float2 turns[PAIR_PARTS];
+    if (is_key && KEY_AFTER_ROPE) load_turns(rotary + static_cast<long long>(position) * (HEAD_DIM / 2), turns);
+    if (is_key && key_offset != nullptr) {
+        const int offset = KEY_AFTER_ROPE ? offset_row(position, n_offset_rows) * n_heads + head : head;
+        load_lane_head(key_offset + offset * HEAD_DIM, offsets);
+    }
+
+#pragma unroll
+    for (int k = 0; k < (STORED_DIM + 31) / 32; ++k) {
+        const int i = lane + 32 * k;
+        if (i < STORED_DIM) x[i] = i < HEAD_DIM ? static_cast<float>(items[min(k, LANE_PARTS - 1)]) : 0.0f;
+    }
     __syncwarp();
     if (is_key && norm_weight != nullptr) norm_head(x, norm_weight, epsilon);
-    if (is_key && !KEY_AFTER_ROPE && key_offset != nullptr) {
-        for (int i = lane; i < HEAD_DIM; i += 32) x[i] = ieee::sub(x[i], key_offset[head * HEAD_DIM + i]);
-        __syncwarp();
-    }
-    if (is_key && KEY_AFTER_ROPE) rotate_head(x, rotary + static_cast<long long>(position) * (HEAD_DIM / 2));
-    if (is_key && KEY_AFTER_ROPE && key_scale != nullptr) {
-        const float* offset = key_offset + (offset_row(position, n_offset_rows) * n_heads + head) * HEAD_DIM;
-        for (int i = lane; i < HEAD_DIM; i += 32) {
-            x[i] = ieee::div(ieee::sub(x[i], offset[i]), key_scale[head * HEAD_DIM + i]);
+    if (is_key && KEY_AFTER_ROPE) rotate_head(x, turns);
+    if (is_key && key_offset != nullptr) {
+#pragma unroll
+        for (int k = 0; k < LANE_PARTS; ++k) {
+            const int i = lane + 32 * k;
+            if (i >= HEAD_DIM) continue;
+            x[i] = ieee::sub(x[i], offsets[k]);
+            if (KEY_AFTER_ROPE) x[i] = ieee::div(x[i], scales[k]);
         }
         __syncwarp();
     }
@@ -106,7 +128,7 @@ kv_append(const ELEMENT* __restrict__ keys, const ELEMENT* __restrict__ values, 
         minimum = __high2float(range);
     }
 
-    const int page = page_table[rows[token] * table_stride + position / PAGE_TOKENS];
+    const float inverse = ieee::reciprocal(scale);
     const int place = position % PAGE_TOKENS;
     unsigned* target = pages + (static_cast<long long>(page) * n_heads + head) * PAGE_WORDS;
     if (BITS < 16 && lane == 0) {
@@ -122,7 +144,7 @@ kv_append(const ELEMENT* __restrict__ keys, const ELEMENT* __restrict__ values, 
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
                     const int channel = key_channel(half, t * SLOTS + slot % (SLOTS / 2) * 2 + j);
-                    const unsigned code = channel < 0 ? 0u : code_of(x[channel], minimum, scale);
+                    const unsigned code = channel < 0 ? 0u : code_of(x[channel], minimum, scale, inverse);
                     packed |= code << (BITS * e + 16 * j);
                 }
             }
@@ -136,7 +158,7 @@ kv_append(const ELEMENT* __restrict__ keys, const ELEMENT* __restrict__ values, 
 #pragma unroll
             for (int e = 0; e < SLOTS_PER_WORD; ++e) {
                 const int channel = g * SLOTS + word * SLOTS_PER_WORD + e;
-                const unsigned code = channel < HEAD_DIM ? code_of(x[channel], minimum, scale) : 0u;
+                const unsigned code = channel < HEAD_DIM ? code_of(x[channel], minimum, scale, inverse) : 0u;
                 packed |= code << (BITS * e);
             }
             const int chunk = place / 8 * 32 + g * 4 + place % 8 / 2;

@@ -56,10 +56,13 @@ ROTATED = dataclasses.replace(ATOM, solver=SolverConfig(rotation="fused"))
 AUTO = dataclasses.replace(ATOM, solver=SolverConfig(rotation="auto"))
 LEVERS = dataclasses.replace(
     ATOM,
-    scheme=dataclasses.replace(ATOM.scheme, kv=KVScheme(n_bits=4, rotation="hadamard", key_offset=True)),
+    scheme=dataclasses.replace(
+        ATOM.scheme, kv=KVScheme(4, key_position="after_rope", rotation="hadamard", key_balance=True)
+    ),
     solver=SolverConfig(clip_search="hessian", descent_sweeps=2, asymmetry=0.5),
 )
-CLIPS = override(LEVERS, {"activations.clip_search": "output"})
+BEFORE_ROPE = {"kv.key_position": "before_rope", "kv.key_balance": False, "kv.key_offset": True}
+CLIPS = override(LEVERS, {"activations.clip_search": "output"} | BEFORE_ROPE)
 
 
 def quiet(_done: float, _total: int, _step: str) -> None:

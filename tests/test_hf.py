@@ -26,9 +26,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import atomq
 import atomq.checkpoints
 import atomq.hf
-from atomq import pipeline
+from atomq import key_statistics, pipeline
 from atomq.config import CalibrationConfig, override
 from atomq.errors import CheckpointError, ConfigError, VerificationError
+from atomq.models import quantized
 from atomq.numerics.linear import QuantizedLinear
 
 TOKENS = torch.arange(5, 29)[None]
@@ -222,6 +223,26 @@ def test_generate_takes_a_padded_batch(checkpoint):
     assert torch.equal(together[0], together[1])
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "smollm3", "phi3", "opt"])
+def test_places_of_a_padded_batch_and_of_new_tokens_choose_rows_of_k_s_offset(kind, tmp_path, monkeypatch):
+    """Rows of 4 positions: a token's row is that of its place in its own text, with a cache and without."""
+    for module in (quantized, key_statistics):
+        monkeypatch.setattr(module, "OFFSET_TOKENS", 4)
+    source = save_tiny_model(tmp_path / "model", kind)
+    model = atomq.hf.load(quantize_tiny(source, tmp_path / "OUT", "kv after rope").path)
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    settings |= {"output_logits": True, "return_dict_in_generate": True}
+    own = TOKENS[:, :7]
+    alone = model.generate(own, attention_mask=torch.ones_like(own), **settings)
+    batch = torch.cat((TOKENS[:, :17], torch.cat((torch.zeros(1, 10, dtype=torch.long), own), dim=1)))
+    mask = torch.tensor([[1] * 17, [0] * 10 + [1] * 7])
+    together = model.generate(batch, attention_mask=mask, **settings)
+    without = model(alone.sequences[:, :-1], use_cache=False).logits[0, 6:]
+    expected = torch.stack(alone.logits, 1)[0]
+    assert torch.allclose(torch.stack(together.logits, 1)[1], expected, atol=1e-3)
+    assert torch.allclose(without, expected, atol=1e-3)
+
+
 @pytest.mark.parametrize("scheme", ["atom", "w8a8", "asymmetric"])
 def test_one_token_alone_gives_finite_logits(checkpoint, scheme):
     assert bool(atomq.hf.load(checkpoint("llama", scheme).path)(TOKENS[:, :1]).logits.isfinite().all())
@@ -252,6 +273,19 @@ def test_codes_and_scales_are_those_of_the_file_in_every_dtype(checkpoint, schem
     assert bool(logits.isfinite().all())
     if scheme not in ("kv only", "w16a4", "w16a4 hadamard"):
         assert_exact(model, folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_tables_of_k_are_those_of_the_file_in_every_dtype(checkpoint, dtype):
+    folder = checkpoint("llama", "kv after rope").path
+    tables = {n: t for n, t in stored_tensors(folder).items() if n.endswith(("key_offset", "key_scale"))}
+    assert len(tables) == 4
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    assert all(raw_bytes(model.get_buffer(name)) == raw_bytes(t) for name, t in tables.items())
+    model.to(dtype)  # they are numbers of bfloat16, so that a cast changes none but float16's subnormal ones
+    atol = 2**-25 if dtype == torch.float16 else 0
+    for name, table in tables.items():
+        assert torch.allclose(model.get_buffer(name).float(), table, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("kind", TINY_MODELS)
@@ -319,7 +353,7 @@ def test_scales_that_need_float32_give_the_simulated_logits(tiny_scale_checkpoin
 
 @pytest.mark.parametrize("kind", TINY_MODELS)
 @pytest.mark.parametrize(
-    "scheme", ["atom", "progressive hadamard", "searched clips", "e4m3 outliers", "w16a4"]
+    "scheme", ["atom", "progressive hadamard", "searched clips", "e4m3 outliers", "w16a4", "kv after rope"]
 )
 def test_save_pretrained_writes_the_same_tensors(checkpoint, kind, scheme, tmp_path):
     made = checkpoint(kind, scheme)

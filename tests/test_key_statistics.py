@@ -118,12 +118,14 @@ def test_windows_are_spread_over_the_text_and_no_more_are_looked_at_than_were_as
         assert torch.equal(found, expected)
 
 
-def test_the_longest_models_share_the_last_row():
+def test_the_longest_models_share_the_last_row_and_every_model_has_one():
     config = make_tiny_model("llama").config
     config.max_position_embeddings = 10**6
     assert quantized.offset_rows(config) == quantized.MAX_OFFSET_ROWS == 128
     config.max_position_embeddings = OFFSET_TOKENS + 1
     assert quantized.offset_rows(config) == 2
+    config.max_position_embeddings = 0
+    assert quantized.offset_rows(config) == 1
     positions = torch.tensor([[0, OFFSET_TOKENS - 1, OFFSET_TOKENS, 5 * OFFSET_TOKENS]])
     assert quantized.offset_row(positions, 2).tolist() == [[0, 0, 1, 1]]
 

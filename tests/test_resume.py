@@ -13,6 +13,8 @@ from tiny_models import TINY_MODELS, save_tiny_model
 from atomq import block_loop, pipeline
 from atomq.errors import ConfigError
 
+ENCODINGS = ("atom", "progressive hadamard", "w16a4", "asymmetric", "searched clips", "kv after rope")
+
 
 @pytest.fixture(scope="module")
 def victim(tmp_path_factory) -> Victim:
@@ -65,7 +67,7 @@ def interrupted(model: Path, out: Path, monkeypatch, after: int = 1, **options) 
 
 
 @pytest.mark.parametrize("kind", [*TINY_MODELS, "opt", "mixtral", "gemma2"])
-@pytest.mark.parametrize("scheme", ["atom", "progressive hadamard", "w16a4", "asymmetric", "searched clips"])
+@pytest.mark.parametrize("scheme", ENCODINGS)
 def test_every_family_and_encoding_goes_on_bit_for_bit(kind, scheme, tmp_path, monkeypatch):
     """The finished block, read back, computes what it did when it was made."""
     model = save_tiny_model(tmp_path / "model", kind)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from atomq.config import FLOAT_BITS, ActivationScheme, QuantScheme, Recipe, WeightScheme
+from atomq.config import FLOAT_BITS, ActivationScheme, KVScheme, QuantScheme, Recipe, WeightScheme
 from atomq.presets import recipe_name
 
 
@@ -46,7 +46,7 @@ tags: [atomq, quantized]
 | --- | --- |
 | weights | {_coding(scheme.weights)}, {bits["weight"]:.3f} effective bits |
 | activations | {_coding(scheme.activations)}, {bits["activation"]:.3f} effective bits |
-| KV cache | {scheme.kv.n_bits} bits, {bits["kv"]:.3f} effective bits |
+| KV cache | {_cache(scheme.kv)}, {bits["kv"]:.3f} effective bits |
 | outlier channels per input | {kept} |
 | solver | {solver.method} |
 | recipe | {recipe_name(recipe)} |
@@ -120,3 +120,12 @@ def _coding(scheme: WeightScheme | ActivationScheme) -> str:
         return "floating point"
     size = "a whole row" if scheme.group_size is None else str(scheme.group_size)
     return f"{scheme.n_bits} bits ({scheme.number_format}), groups of {size}"
+
+
+def _cache(kv: KVScheme) -> str:
+    """Such as "4 bits, K after RoPE balanced, Hadamard"."""
+    if kv.n_bits == FLOAT_BITS:
+        return "floating point"
+    taken_off = " balanced" if kv.key_balance else " less an offset" if kv.key_offset else ""
+    rotation = ", Hadamard" if kv.rotation == "hadamard" else ""
+    return f"{kv.n_bits} bits, K {kv.key_position.replace('_rope', ' RoPE')}{taken_off}{rotation}"

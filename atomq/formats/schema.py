@@ -191,7 +191,10 @@ def code_bytes(scheme: QuantScheme, shapes: Mapping[str, LinearShape]) -> int:
 
 
 def effective_bits(scheme: QuantScheme, shapes: Mapping[str, LinearShape], head_dim: int) -> dict[str, float]:
-    """Bits per weight, per activation (mean over linear inputs) and per KV entry, scales included."""
+    """Bits per weight, per activation (mean over linear inputs) and per KV entry, scales included.
+
+    The tables that K is balanced by are the model's and not an entry's, so they are in its size alone.
+    """
     n_weights = sum(shape.n_out * shape.n_in for shape in shapes.values())
     inputs = [shape.n_in for shape in shapes.values()]
     activation_bits = sum(_activation_bits(scheme, n_in) for n_in in inputs)

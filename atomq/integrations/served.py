@@ -41,18 +41,14 @@ def check_servable(scheme: QuantScheme, family: ModelFamily) -> None:
     if family.has_experts:
         raise ConfigError("mixtures of experts are not served yet; export with --format compressed-tensors")
     if scheme.weights.n_bits == FLOAT_BITS:
-        raise ConfigError("serving needs weights in codes; quantize with --preset atomq")
-    if scheme.kv.has_key_offset:
-        raise ConfigError(
-            "a serving engine knows neither offsets nor scales of K's channels; quantize with --kv-bits 16, "
-            "or for Llama, Mistral and Qwen2 with --set kv.key_position=before_rope "
-            "--set kv.key_offset=false --set kv.key_balance=false"
-        )
+        raise ConfigError("serving needs weights in codes; quantize with --preset atomq --kv-bits 16")
     plain_keys = family.key.endswith("k_proj") and family.key != family.value
-    if scheme.kv.n_bits < FLOAT_BITS and (scheme.kv.key_position != "before_rope" or not plain_keys):
+    plain_keys &= scheme.kv.key_position == "before_rope" and not scheme.kv.has_key_offset
+    if scheme.kv.n_bits < FLOAT_BITS and not plain_keys:
         raise ConfigError(
-            "a serving engine can quantize K only where k_proj puts it out; quantize with --kv-bits 16, "
-            "or for Llama, Mistral and Qwen2 with --set kv.key_position=before_rope"
+            "a serving engine can quantize K only where k_proj puts it out, and as it is there, without "
+            "offsets or scales of its channels; quantize with --kv-bits 16, or for Llama, Mistral and Qwen2 "
+            "with --set kv.key_position=before_rope --set kv.key_offset=false --set kv.key_balance=false"
         )
 
 

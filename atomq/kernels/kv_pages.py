@@ -52,7 +52,8 @@ class PageFormat:
         if self.key_mode == 2 and (self.n_bits != 4 or not power_of_two):
             raise KernelError(
                 f"K before RoPE under the Hadamard with {self.n_bits} bits and head_dim {self.head_dim}; the "
-                f"decode kernel takes 4 bits and 64, 128 or 256; set kv.key_position=after_rope"
+                f"decode kernel takes 4 bits and 64, 128 or 256; set kv.key_position=after_rope and "
+                "kv.key_offset=false"
             )
 
     @classmethod

@@ -168,7 +168,7 @@ def _of_tokens(attention: nn.Module, keys: torch.Tensor, turns: Turns | None) ->
     if turns is None:
         raise UnsupportedModelError(
             f"{type(attention).__name__} was called without position_embeddings, by which K is coded after "
-            "RoPE; quantize with --set kv.key_position=before_rope"
+            "RoPE; quantize with --set kv.key_position=before_rope --set kv.key_balance=false"
         )
     cosine, sine = turns
     return cosine.to(keys.dtype), sine.to(keys.dtype)

@@ -220,8 +220,8 @@ def key_buffers(attention: Any, kv: KVScheme, head_dim: int) -> dict[str, tuple[
 
 
 def offset_rows(config: Any) -> int:
-    """Rows of the offset of K after RoPE: one for OFFSET_TOKENS positions each, up to MAX_OFFSET_ROWS."""
-    return min(MAX_OFFSET_ROWS, -(-int(config.max_position_embeddings) // OFFSET_TOKENS))
+    """Rows of the offset of K after RoPE: one for OFFSET_TOKENS positions each, from 1 to MAX_OFFSET_ROWS."""
+    return max(1, min(MAX_OFFSET_ROWS, -(-int(config.max_position_embeddings) // OFFSET_TOKENS)))
 
 
 def offset_row(positions: torch.Tensor, n_rows: int) -> torch.Tensor:

@@ -42,6 +42,7 @@ def test_the_card_says_how_to_load_the_folder_and_with_what():
     assert 'AutoModelForCausalLM.from_pretrained("THIS_FOLDER")' in card
     assert "Made with atomq 0.1.0" in card
     assert "| weights | 4 bits (int), groups of 128, 4.250 effective bits |" in card
+    assert "| KV cache | 4 bits, K before RoPE, 5.000 effective bits |" in card
     assert "| outlier channels per input | 128 in int8 |" in card
     assert "| recipe | atom |" in card
     assert "| calibrated on | nothing |" in card
@@ -49,6 +50,22 @@ def test_the_card_says_how_to_load_the_folder_and_with_what():
     card = model_card("org/model", PRESETS["atom"], BITS, "0.1.0", text)
     assert "| calibrated on | builtin: 24 x 512 tokens |" in card
     assert 'atomq eval-ppl THIS_FOLDER --baseline "org/model"' in card
+
+
+@pytest.mark.parametrize(
+    ("settings", "cache"),
+    [
+        ({}, "4 bits, K after RoPE balanced, Hadamard"),
+        (
+            {"kv.key_position": "before_rope", "kv.key_balance": False, "kv.key_offset": True},
+            "4 bits, K before RoPE less an offset, Hadamard",
+        ),
+        ({"kv.n_bits": 16}, "floating point"),
+    ],
+)
+def test_the_card_says_how_k_is_coded(settings, cache):
+    card = model_card("org/model", override(PRESETS["atomq"], settings), BITS, "0.1.0")
+    assert f"| KV cache | {cache}, 5.000 effective bits |" in card
 
 
 def test_a_name_cannot_break_out_of_the_front_matter():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 import tomllib
 import types
@@ -21,10 +22,11 @@ from tiny_models import save_tiny_model
 from torch import nn
 
 import atomq.hf
-import atomq.presets
+from atomq.config import override
 from atomq.errors import CheckpointError, ConfigError
 from atomq.kernels.linear import KernelLinear
 from atomq.models.families import FAMILIES
+from atomq.presets import DEFAULT_PRESET, find_preset
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -200,6 +202,22 @@ def test_what_would_compute_something_else_is_refused(vllm, tmp_path, scheme, ki
         plugin_config(vllm, tmp_path / "OUT")
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"kv.key_balance": False}, {"weights.n_bits": 16, "kv.key_balance": False}]
+)
+def test_what_a_refusal_says_is_served_as_it_stands(vllm, settings):
+    """Beside the default preset, as a user types it, with everything it names."""
+    served = importlib.import_module("atomq.integrations.served")
+    family, scheme = FAMILIES["llama"], override(find_preset(DEFAULT_PRESET), settings).scheme
+    with pytest.raises(ConfigError) as refusal:
+        served.check_servable(scheme, family)
+    words = str(refusal.value).replace(",", "")
+    assert "--kv-bits 16" in words
+    proposed = [{"kv.n_bits": "16"}, dict(re.findall(r"--set (\S+)=(\S+)", words))]
+    for changes in filter(None, proposed):
+        served.check_servable(override(find_preset(DEFAULT_PRESET), changes).scheme, family)
+
+
 def test_a_part_that_was_not_loaded_is_noticed(vllm, tiny_dir, tmp_path):
     quantize_tiny(tiny_dir, tmp_path / "OUT", "atom")
     config = plugin_config(vllm, tmp_path / "OUT")
@@ -212,7 +230,7 @@ def test_a_part_that_was_not_loaded_is_noticed(vllm, tiny_dir, tmp_path):
 def test_families_with_experts_are_refused(vllm):
     register()
     served = importlib.import_module("atomq.integrations.served")
-    scheme = atomq.presets.find_preset("rtn").scheme
+    scheme = find_preset("rtn").scheme
     assert any(family.has_experts for family in FAMILIES.values())
     for family in FAMILIES.values():
         if family.has_experts:
