@@ -143,9 +143,22 @@ def test_two_processes_find_what_one_does(tmp_path, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["llama-3.1", "phi3", "gemma3", "qwen3"])
-def test_rope_is_known_at_every_position_from_how_it_turns_the_second(kind):
-    model, family = make_model(kind)
+ROPE = {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+ROPES = [
+    ("llama-3.1", {}),
+    ("phi3", {}),
+    ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    ("gemma3", {}),
+    ("qwen3", {}),
+    ("llama", {"rope_parameters": ROPE | {"rope_type": "yarn"}}),  # cosines and sines have a factor
+    ("llama", {"rope_parameters": ROPE | {"rope_type": "linear"}}),
+    ("llama", {"rope_parameters": ROPE | {"rope_type": "dynamic"}}),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes"), ROPES)
+def test_rope_is_known_at_every_position_from_how_it_turns_the_second(kind, changes):
+    model, family = make_model(kind, **changes)
     attention = blocks_of(model, family)[0].get_submodule(attention_name(family))
     inputs = capture_block_inputs(model, family, TOKENS, CPU)
     seen = key_statistics._attended(blocks_of(model, family)[0], attention, inputs, inputs.hidden[:1])
