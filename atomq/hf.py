@@ -109,15 +109,15 @@ class AtomqQuantizer(HfQuantizer):
         headers = tensor_headers(self._folder)
         check_tensors(headers, expected_tensors(model, family, scheme))
         self._exact: set[str] = set()
+        self._tables: set[str] = set()  # of K
         head_dim = head_dim_of(model.config)
         for index, block in enumerate(blocks_of(model, family)):
             prefix = f"{family.blocks}.{index}."
             own = {
                 name.removeprefix(prefix): spec for name, spec in headers.items() if name.startswith(prefix)
             }
-            self._exact |= {
-                prefix + n for n in own if n.endswith((".key_offset", ".key_scale", ".clip_ratio"))
-            }
+            self._tables |= {prefix + n for n in own if n.endswith((".key_offset", ".key_scale"))}
+            self._exact |= {prefix + n for n in own if n.endswith(".clip_ratio")}
             for name, linear in install_stored(block, family, scheme, head_dim, own).items():
                 self._exact |= {
                     f"{prefix}{name}.{suffix}"
@@ -127,7 +127,7 @@ class AtomqQuantizer(HfQuantizer):
         model.set_attn_implementation(attention_for(model.config))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_kwargs: Any) -> PreTrainedModel:
-        for name, tensor in read_tensors(self._folder, self._exact):
+        for name, tensor in read_tensors(self._folder, self._exact | self._tables):
             owner, _, buffer = name.rpartition(".")
             module: nn.Module = model.get_submodule(owner)
             current = module._buffers[buffer]
@@ -145,6 +145,13 @@ class AtomqQuantizer(HfQuantizer):
     def update_weight_conversions(self, _conversions: list[Any], _model: Any = None) -> list[Any]:
         """None: a checkpoint's tensors have the names of its modules, also where transformers fuses them."""
         return []
+
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """What `save_pretrained` writes: K's tables in float32, also after a cast that took them along."""
+        state: dict[str, torch.Tensor] = model.state_dict()
+        return state | {name: state[name].float() for name in self._tables}, {}
 
     def is_serializable(self) -> bool:
         return True

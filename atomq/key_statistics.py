@@ -12,7 +12,7 @@ from atomq.method.key_balance import BalanceStatistics, weigh_scores
 from atomq.models.attention import Attended, Rotary, observed_attention
 from atomq.models.blocks import BlockInputs, InputSeen
 from atomq.models.families import ModelFamily
-from atomq.models.quantized import attention_name, head_counts, offset_row, offset_rows
+from atomq.models.quantized import attention_name, head_counts, n_positions, offset_row, offset_rows
 from atomq.numerics.kv import OFFSET_TOKENS
 
 BALANCE_TOKENS = 32768  # of all processes together, in whole windows: all scores in them are looked at
@@ -60,7 +60,7 @@ def balance_keys(
     statistics = BalanceStatistics(n_heads, head_dim, n_rows, inputs.device)
     rotary = Rotary(attention, _attended(block, attention, inputs, inputs.hidden[:1]).turns)
     places = torch.arange(n_tokens, device=inputs.device)
-    n_free = max(0, min(int(attention.config.max_position_embeddings), BALANCE_POSITIONS) - n_tokens)
+    n_free = max(0, min(n_positions(attention.config), BALANCE_POSITIONS) - n_tokens)
     starts = sorted({place * n_free // (PLACES - 1) for place in range(PLACES)})
     n_windows = distributed.total(len(inputs.hidden))
     apart = -(-n_windows // max(1, BALANCE_TOKENS // n_tokens))

@@ -62,7 +62,8 @@ def _shares(what: str, measured: list[tuple[str, int | str, dict[str, float]]]) 
     ]
     for scheme, batch, shares in measured:
         total = sum(shares.values())
-        parts = " | ".join(f"{100 * shares[kind] / total:.0f} %" for kind in kinds)
+        # scaled from a few layers, a share may come out just below nothing
+        parts = " | ".join(f"{max(0.0, 100 * shares[kind] / total):.0f} %" for kind in kinds)
         lines.append(f"| {scheme} | {batch} | {parts} | {1e-3 * total:.2f} |")
     return "\n".join(lines)
 

@@ -351,6 +351,17 @@ def test_scales_that_need_float32_give_the_simulated_logits(tiny_scale_checkpoin
 # Saving again.
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_that_was_cast_is_saved_as_one_that_opens(checkpoint, dtype, tmp_path):
+    """Also with tables of K, which the cast takes along."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("llama", "kv after rope").path).to(dtype)
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=dtype)
+    assert_exact(again, checkpoint("llama", "kv after rope").path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name].float(), tensor.float()), name
+
+
 @pytest.mark.parametrize("kind", TINY_MODELS)
 @pytest.mark.parametrize(
     "scheme", ["atom", "progressive hadamard", "searched clips", "e4m3 outliers", "w16a4", "kv after rope"]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from tiny_models import FAMILY_MODELS, make_tiny_model
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
 from transformers.masking_utils import eager_mask
 from two_processes import in_two_processes
 
@@ -126,8 +127,31 @@ def test_the_longest_models_share_the_last_row_and_every_model_has_one():
     assert quantized.offset_rows(config) == 2
     config.max_position_embeddings = 0
     assert quantized.offset_rows(config) == 1
+    assert quantized.offset_rows(make_tiny_model("gemma3").config) == 1  # its RoPE is told by kind of layer
     positions = torch.tensor([[0, OFFSET_TOKENS - 1, OFFSET_TOKENS, 5 * OFFSET_TOKENS]])
     assert quantized.offset_row(positions, 2).tolist() == [[0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("rope", "n_rows"),
+    [
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 128),
+        ({"type": "yarn", "factor": 1.5, "original_max_position_embeddings": 32768}, 48),
+        ({"type": "linear", "factor": 4.0}, 40),
+        ({"type": "yarn", "factor": "many", "original_max_position_embeddings": 32768}, 40),
+        (None, 40),
+    ],
+)
+def test_a_context_that_rope_alone_stretches_has_rows_of_its_own(rope, n_rows, tmp_path):
+    """As Qwen's files have it, where max_position_embeddings is left as it was."""
+    settings = {
+        "model_type": "qwen3",
+        "max_position_embeddings": 40960,
+        "rope_theta": 1e6,
+        "rope_scaling": rope,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    assert quantized.offset_rows(AutoConfig.from_pretrained(tmp_path)) == n_rows
 
 
 def _balance_of_own_share(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,9 +167,22 @@ def test_two_processes_find_what_one_does(tmp_path, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["llama-3.1", "phi3", "gemma3", "qwen3"])
-def test_rope_is_known_at_every_position_from_how_it_turns_the_second(kind):
-    model, family = make_model(kind)
+ROPE = {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+ROPES = [
+    ("llama-3.1", {}),
+    ("phi3", {}),
+    ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    ("gemma3", {}),
+    ("qwen3", {}),
+    ("llama", {"rope_parameters": ROPE | {"rope_type": "yarn"}}),  # cosines and sines have a factor
+    ("llama", {"rope_parameters": ROPE | {"rope_type": "linear"}}),
+    ("llama", {"rope_parameters": ROPE | {"rope_type": "dynamic"}}),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes"), ROPES)
+def test_rope_is_known_at_every_position_from_how_it_turns_the_second(kind, changes):
+    model, family = make_model(kind, **changes)
     attention = blocks_of(model, family)[0].get_submodule(attention_name(family))
     inputs = capture_block_inputs(model, family, TOKENS, CPU)
     seen = key_statistics._attended(blocks_of(model, family)[0], attention, inputs, inputs.hidden[:1])

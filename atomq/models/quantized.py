@@ -7,6 +7,7 @@ alike.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -221,7 +222,19 @@ def key_buffers(attention: Any, kv: KVScheme, head_dim: int) -> dict[str, tuple[
 
 def offset_rows(config: Any) -> int:
     """Rows of the offset of K after RoPE: one for OFFSET_TOKENS positions each, from 1 to MAX_OFFSET_ROWS."""
-    return max(1, min(MAX_OFFSET_ROWS, -(-int(config.max_position_embeddings) // OFFSET_TOKENS)))
+    return max(1, min(MAX_OFFSET_ROWS, -(-n_positions(config) // OFFSET_TOKENS)))
+
+
+def n_positions(config: Any) -> int:
+    """Positions that a model is meant for.
+
+    Where YaRN was switched on by `rope_parameters` alone, as Qwen's pages say, max_position_embeddings still
+    is what it was before.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    stretch: list[Any] = [rope.get(name) for name in ("factor", "original_max_position_embeddings")]
+    is_told = all(isinstance(x, int | float) and math.isfinite(x) for x in stretch)
+    return max(int(config.max_position_embeddings), int(math.prod(stretch)) if is_told else 0)
 
 
 def offset_row(positions: torch.Tensor, n_rows: int) -> torch.Tensor:
