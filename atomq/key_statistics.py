@@ -12,8 +12,8 @@ from atomq.method.key_balance import BalanceStatistics, weigh_scores
 from atomq.models.attention import Attended, Rotary, observed_attention
 from atomq.models.blocks import BlockInputs, InputSeen
 from atomq.models.families import ModelFamily
-from atomq.models.quantized import attention_name, head_counts, n_positions, offset_row, offset_rows
-from atomq.numerics.kv import OFFSET_TOKENS
+from atomq.models.quantized import attention_name, head_counts, n_positions, offset_rows
+from atomq.numerics.kv import OFFSET_TOKENS, offset_row
 
 BALANCE_TOKENS = 32768  # of all processes together, in whole windows: all scores in them are looked at
 BALANCE_POSITIONS, PLACES = 8192, 8
@@ -52,12 +52,8 @@ def balance_keys(
     is looked at in PLACES of them, to which all but its first token, that much attention goes to, are moved.
     """
     attention: Any = block.get_submodule(attention_name(family))
-    n_rows, n_heads, n_tokens = (
-        offset_rows(attention.config),
-        head_counts(attention)[1],
-        inputs.hidden.shape[1],
-    )
-    statistics = BalanceStatistics(n_heads, head_dim, n_rows, inputs.device)
+    n_rows, n_tokens = offset_rows(attention.config), inputs.hidden.shape[1]
+    statistics = BalanceStatistics(head_counts(attention)[1], head_dim, n_rows, inputs.device)
     rotary = Rotary(attention, _attended(block, attention, inputs, inputs.hidden[:1]).turns)
     places = torch.arange(n_tokens, device=inputs.device)
     n_free = max(0, min(n_positions(attention.config), BALANCE_POSITIONS) - n_tokens)

@@ -30,6 +30,7 @@ from atomq import key_statistics, pipeline
 from atomq.config import CalibrationConfig, override
 from atomq.errors import CheckpointError, ConfigError, VerificationError
 from atomq.models import quantized
+from atomq.numerics import kv
 from atomq.numerics.linear import QuantizedLinear
 
 TOKENS = torch.arange(5, 29)[None]
@@ -226,7 +227,7 @@ def test_generate_takes_a_padded_batch(checkpoint):
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "smollm3", "phi3", "opt"])
 def test_places_of_a_padded_batch_and_of_new_tokens_choose_rows_of_k_s_offset(kind, tmp_path, monkeypatch):
     """Rows of 4 positions: a token's row is that of its place in its own text, with a cache and without."""
-    for module in (quantized, key_statistics):
+    for module in (quantized, key_statistics, kv):
         monkeypatch.setattr(module, "OFFSET_TOKENS", 4)
     source = save_tiny_model(tmp_path / "model", kind)
     model = atomq.hf.load(quantize_tiny(source, tmp_path / "OUT", "kv after rope").path)

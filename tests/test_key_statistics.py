@@ -20,6 +20,7 @@ from atomq.models.blocks import blocks_of, capture_block_inputs
 from atomq.models.experts import unfuse_experts
 from atomq.models.families import find_family
 from atomq.models.quantized import attention_name, head_dim_of
+from atomq.numerics import kv
 from atomq.numerics.kv import OFFSET_TOKENS
 
 CPU = torch.device("cpu")
@@ -77,6 +78,7 @@ def short_rows(monkeypatch):
     monkeypatch.setattr(key_statistics, "BALANCE_POSITIONS", 100)
     monkeypatch.setattr(key_statistics, "OFFSET_TOKENS", 16)
     monkeypatch.setattr(quantized, "OFFSET_TOKENS", 16)
+    monkeypatch.setattr(kv, "OFFSET_TOKENS", 16)
 
 
 @pytest.mark.usefixtures("short_rows")
@@ -129,7 +131,7 @@ def test_the_longest_models_share_the_last_row_and_every_model_has_one():
     assert quantized.offset_rows(config) == 1
     assert quantized.offset_rows(make_tiny_model("gemma3").config) == 1  # its RoPE is told by kind of layer
     positions = torch.tensor([[0, OFFSET_TOKENS - 1, OFFSET_TOKENS, 5 * OFFSET_TOKENS]])
-    assert quantized.offset_row(positions, 2).tolist() == [[0, 0, 1, 1]]
+    assert kv.offset_row(positions, 2).tolist() == [[0, 0, 1, 1]]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from atomq.config import FLOAT_BITS
 from atomq.kernels.kv_pages import PAGE_TOKENS, HeadParameters, PageFormat
 from atomq.kernels.reference import butterflies
-from atomq.numerics.kv import OFFSET_TOKENS
+from atomq.numerics.kv import offset_row
 from atomq.numerics.scales import F16_LARGEST
 
 
@@ -115,7 +115,7 @@ def _offset_at(positions: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     """`HeadParameters.key_offset` at int64 `positions` [T]: [T or 1, H, head_dim]."""
     if offset.ndim < 3:
         return offset[None]
-    return offset[(positions // OFFSET_TOKENS).clamp(max=len(offset) - 1)]
+    return offset[offset_row(positions, len(offset))]
 
 
 def rotate(x: torch.Tensor, positions: torch.Tensor, heads: HeadParameters) -> torch.Tensor:

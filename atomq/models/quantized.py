@@ -20,7 +20,7 @@ from atomq.models.attention import has_rope, inverse_turn, turn
 from atomq.models.blocks import block_groups
 from atomq.models.families import ModelFamily
 from atomq.numerics.activations import compute_dtype
-from atomq.numerics.kv import OFFSET_TOKENS, fake_quantize_heads
+from atomq.numerics.kv import OFFSET_TOKENS, fake_quantize_heads, offset_row
 from atomq.numerics.linear import GroupInput, QuantizedLinear, SharedInput, TensorSpec
 from atomq.numerics.scales import straight_through
 
@@ -235,11 +235,6 @@ def n_positions(config: Any) -> int:
     stretch: list[Any] = [rope.get(name) for name in ("factor", "original_max_position_embeddings")]
     is_told = all(isinstance(x, int | float) and math.isfinite(x) for x in stretch)
     return max(int(config.max_position_embeddings), int(math.prod(stretch)) if is_told else 0)
-
-
-def offset_row(positions: torch.Tensor, n_rows: int) -> torch.Tensor:
-    """The row of each of `positions`; all that lie behind the last one take that."""
-    return (positions // OFFSET_TOKENS).clamp(max=n_rows - 1)
 
 
 def attention_name(family: ModelFamily) -> str:

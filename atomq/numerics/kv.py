@@ -68,5 +68,10 @@ def fake_quantize_heads(
     return (dequantize_heads(quantize_heads(centred, scheme), scheme) + offset).to(x.dtype)
 
 
+def offset_row(positions: torch.Tensor, n_rows: int) -> torch.Tensor:
+    """The row of K's offset after RoPE that each of `positions` takes; all behind the last row take that."""
+    return (positions // OFFSET_TOKENS).clamp(max=n_rows - 1)
+
+
 def _round_f16(x: torch.Tensor) -> torch.Tensor:
     return x.clamp(-F16_LARGEST, F16_LARGEST).to(torch.float16).to(x.dtype)
