@@ -6,11 +6,13 @@ The names below load torch and transformers on first use, not on import.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+TYPE_CHECKING = False  # as type checkers read it; the module typing would take most of this one's time
 if TYPE_CHECKING:
+    from typing import Any
+
     from atomq.api import calibrate, evaluate_ppl, load, quantize, verify
 
 __all__ = ["__version__", "calibrate", "evaluate_ppl", "load", "quantize", "verify"]

@@ -6,7 +6,6 @@ import functools
 import inspect as inspect_module  # a command has that name, too
 import os
 import re
-import sys
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
@@ -33,10 +32,6 @@ from atomq.commands import (
 from atomq.commands.console import quietly
 from atomq.errors import AtomqError, Interrupted
 
-INTERRUPTED = (
-    "interrupted; nothing half-written was left behind (what quantize has finished is kept: "
-    "the same command goes on after it)"
-)
 app = typer.Typer(
     name="atomq",
     help="Quantize LLMs to INT4 weights, activations and KV cache; measure it; write a file that opens.",
@@ -61,25 +56,20 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progre
 
 
 def _register(name: str, command: Callable[..., None], help_text: str) -> None:
-    """Add a command with `--quiet`; Ctrl-C in it becomes an error like others, since Typer would otherwise
-    end on its own.
-    """
+    """Add a command with `--quiet`."""
 
     @functools.wraps(command)
-    def interruptible(*args: object, quiet: bool = False, **kwargs: object) -> None:
-        try:
-            with quietly(quiet):
-                command(*args, **kwargs)
-        except KeyboardInterrupt:
-            raise Interrupted(INTERRUPTED) from None
+    def with_quiet(*args: object, quiet: bool = False, **kwargs: object) -> None:
+        with quietly(quiet):
+            command(*args, **kwargs)
 
     own = inspect_module.signature(command, eval_str=True)
     option = inspect_module.Parameter(
         "quiet", inspect_module.Parameter.KEYWORD_ONLY, default=False, annotation=QuietOption
     )
-    wrapper: Any = interruptible
+    wrapper: Any = with_quiet
     wrapper.__signature__ = own.replace(parameters=[*own.parameters.values(), option])
-    app.command(name, help=help_text)(interruptible)
+    app.command(name, help=help_text)(with_quiet)
 
 
 _register("calibrate", calibrate.command, calibrate.HELP)
@@ -123,6 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         app(args=None if argv is None else list(argv), prog_name="atomq")
     except SystemExit as end:
+        if end.code == Interrupted.exit_code:  # all that Typer makes of Ctrl-C
+            return _fail(end, str(Interrupted()), Interrupted.exit_code)
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except AtomqError as error:
         return _fail(error, str(error), error.exit_code)
@@ -154,7 +146,3 @@ def _fail(error: BaseException, sentence: str, exit_code: int) -> int:
     if exit_code != 2 or os.environ.get("RANK", "0") == "0":  # all processes see the same bad input
         typer.echo(f"error: {sentence}", err=True)
     return exit_code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

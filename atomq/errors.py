@@ -61,3 +61,9 @@ class Interrupted(AtomqError):
     """Ctrl-C during a command (exit code 130)."""
 
     exit_code = 130
+
+    def __init__(self) -> None:
+        super().__init__(
+            "interrupted; nothing half-written was left behind (what quantize has finished is kept: "
+            "the same command goes on after it)"
+        )

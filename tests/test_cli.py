@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -1203,6 +1204,87 @@ def test_ctrl_c_ends_every_command_with_130(refused, made, text_file, monkeypatc
     monkeypatch.setattr(atomq.checkpoints, "describe", interrupt)
     more = {"eval-ppl": ["--data", text_file], "generate": ["mix"], "inspect": []}[command]
     refused("interrupted", command, made, *more, code=130)
+
+
+# A shell that starts jobs in the background has them ignore Ctrl-C.
+CTRL_C_COUNTS = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+INTERRUPTED_IMPORT = """
+library = sys.argv.pop(1)
+
+class CtrlC:
+    def find_spec(self, name, path=None, target=None):
+        if name == library:
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                if name != "torch":  # whose C++ may lose it
+                    raise
+
+sys.meta_path.insert(0, CtrlC())
+"""
+SCRIPT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]["atomq"]
+ENTRIES = {
+    "module": "import runpy; runpy.run_module('atomq', run_name='__main__')",
+    "clone": "import runpy; runpy.run_path('cli.py', run_name='__main__')",
+    "script": "from {} import {} as main; sys.exit(main())".format(*SCRIPT.split(":")),
+}
+
+
+def interrupted_import(library, entry, *argv):
+    """What a command says whose import of `library` meets Ctrl-C."""
+    result = python("-c", CTRL_C_COUNTS + INTERRUPTED_IMPORT + entry, library, *map(str, argv))
+    assert (result.returncode, result.stdout) == (130, "")
+    assert result.stderr.startswith("error: interrupted; nothing half-written was left behind")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
+@pytest.mark.parametrize("library", ["atomq.cli", "typer", "atomq.presets"])
+def test_ctrl_c_while_the_command_line_loads_is_a_sentence(entry, library):
+    interrupted_import(library, entry, "--help")
+
+
+@pytest.mark.parametrize("command", [*COMMANDS[:-1], *sorted(KERNEL_COMMANDS)])  # doctor may need no torch
+def test_ctrl_c_while_libraries_load_is_a_sentence(tiny_dir, tmp_path, command):
+    more = {
+        "calibrate": ["-o", tmp_path / "OUT"],
+        "quantize": [tmp_path / "OUT"],
+        "generate": ["mix"],
+        "export": [tmp_path / "OUT", "--format", "gptq"],
+        "compare": [tiny_dir],
+    }
+    model = [] if command.startswith("bench-") else [tiny_dir]
+    interrupted_import("torch", ENTRIES["module"], command, *model, *more.get(command, []))
+    assert not (tmp_path / "OUT").exists()
+
+
+@pytest.mark.parametrize("delay", [0.05, 0.1, 0.2, 0.3])
+def test_ctrl_c_right_after_the_start_is_a_sentence(tiny_dir, tmp_path, delay):
+    """The command reports when Python itself has started; nothing of atomq can answer before."""
+    command = f"{CTRL_C_COUNTS}print(flush=True); {ENTRIES['module']}"
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            command,
+            "quantize",
+            str(tiny_dir),
+            str(tmp_path / "OUT"),
+            "--group-size",
+            "16",
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.readline()
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT)
+    assert err.startswith("error: interrupted;")
+    assert err.count("\n") == 1
 
 
 def test_the_remains_of_a_killed_run_are_no_obstacle(run, tiny_dir, tmp_path, text_file, out):

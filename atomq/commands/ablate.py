@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from atomq.commands import console
+from atomq.commands.loading import loading
 from atomq.commands.options import (
     CalibDataOption,
     DeviceOption,
@@ -62,8 +63,9 @@ def command(
 ) -> None:
     rungs = choose_rungs([] if only is None else only.split(","), refine)
     calibration = CalibrationConfig(calib_data, n_samples, seq_len, seed)
-    from atomq.ablation import Evaluation, ablate
-    from atomq.memory import give_back_large_ones
+    with loading():
+        from atomq.ablation import Evaluation, ablate
+        from atomq.memory import give_back_large_ones
 
     give_back_large_ones()
     console.silence_libraries()

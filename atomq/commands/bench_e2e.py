@@ -10,6 +10,7 @@ import typer
 from atomq.commands import console
 from atomq.commands.bench_gemm import parse_tokens
 from atomq.commands.e2e_output import print_record
+from atomq.commands.loading import loading
 from atomq.commands.options import JsonOption
 from atomq.errors import ConfigError
 
@@ -73,7 +74,8 @@ def command(
     if key_position not in (None, "before_rope", "after_rope"):
         raise ConfigError(f"--key-position {key_position} is not one of before_rope, after_rope")
     counts = parse_tokens(batches)
-    from atomq.eval import e2e_bench
+    with loading():
+        from atomq.eval import e2e_bench
 
     shape, opened = _shape(model, checkpoint, context)
     n_layers = shape.n_layers if layers is None else layers

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from atomq.commands import console
+from atomq.commands.loading import loading
 from atomq.commands.options import JsonOption
 from atomq.errors import ConfigError
 
@@ -44,7 +45,8 @@ def command(
     ] = None,
     json_output: JsonOption = False,
 ) -> None:
-    from atomq.eval import gemm_bench
+    with loading():
+        from atomq.eval import gemm_bench
 
     if compile_only:
         _compile_everything(json_output)

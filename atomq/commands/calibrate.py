@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from atomq.commands import console
+from atomq.commands.loading import loading
 from atomq.commands.options import (
     AllExpertsOption,
     CalibDataOption,
@@ -46,8 +47,9 @@ def command(
     device: DeviceOption = "auto",
     json_output: JsonOption = False,
 ) -> None:
-    from atomq import api
-    from atomq.memory import give_back_large_ones
+    with loading():
+        from atomq import api
+        from atomq.memory import give_back_large_ones
 
     give_back_large_ones()
     with console.progress("calibrate") as on_progress:

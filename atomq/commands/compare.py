@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from atomq.commands import console
+from atomq.commands.loading import loading
 from atomq.commands.options import JsonOption
 from atomq.errors import ConfigError
 
@@ -22,10 +23,11 @@ def command(
 ) -> None:
     if html is not None and (html.suffix != ".html" or html.is_dir()):
         raise ConfigError(f"--html {html} must name a file that ends in .html")
-    from atomq.checkpoints import open_checkpoint
-    from atomq.formats.files import write_file
-    from atomq.report.compare import compare, comparison_page
-    from atomq.report.facts import gather
+    with loading():
+        from atomq.checkpoints import open_checkpoint
+        from atomq.formats.files import write_file
+        from atomq.report.compare import compare, comparison_page
+        from atomq.report.facts import gather
 
     for folder in (first, second):
         open_checkpoint(folder, check_hashes=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from atomq.commands import console
+from atomq.commands.loading import loading
 from atomq.commands.options import JsonOption
 from atomq.errors import AtomqError
 
@@ -12,7 +13,8 @@ HELP = "What atomq needs and what this machine has: libraries, GPU, which kernel
 def command(json_output: JsonOption = False) -> None:
     from atomq.environment import diagnose
 
-    found = diagnose()
+    with loading():
+        found = diagnose()
     if json_output:
         console.print_json(found.to_dict())
     else:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from atomq.commands import console
+from atomq.commands.loading import loading
 from atomq.commands.options import BackendOption, DeviceOption, JsonOption, NoRecordOption
 from atomq.commands.recording import keep_record
 
@@ -43,8 +44,9 @@ def command(
     no_record: NoRecordOption = False,
     json_output: JsonOption = False,
 ) -> None:
-    from atomq import api, distributed
-    from atomq.checkpoints import is_checkpoint
+    with loading():
+        from atomq import api, distributed
+        from atomq.checkpoints import is_checkpoint
 
     console.silence_libraries()
     with console.progress("eval-ppl") as on_progress:

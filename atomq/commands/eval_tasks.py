@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from atomq.commands import console
+from atomq.commands.loading import loading
 from atomq.commands.opening import choose_backend, open_model
 from atomq.commands.options import BackendOption, DeviceOption, JsonOption, NoRecordOption
 from atomq.commands.recording import keep_record, record_name
@@ -50,11 +51,12 @@ def command(
     no_record: NoRecordOption = False,
     json_output: JsonOption = False,
 ) -> None:
-    from atomq import distributed
-    from atomq.checkpoints import is_checkpoint
-    from atomq.eval.tasks import evaluate_tasks, find_files, paper_average
-    from atomq.opening import published_name
-    from atomq.pipeline import choose_device
+    with loading():
+        from atomq import distributed
+        from atomq.checkpoints import is_checkpoint
+        from atomq.eval.tasks import evaluate_tasks, find_files, paper_average
+        from atomq.opening import published_name
+        from atomq.pipeline import choose_device
 
     place = choose_device(device)
     names = [name.strip() for name in tasks.split(",")]

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from atomq.commands import console
+from atomq.commands.loading import loading
 from atomq.commands.options import CheckpointArgument, ExportFormatOption, JsonOption
 from atomq.units import human_bytes
 
@@ -22,7 +23,8 @@ def command(
     no_check: Annotated[bool, typer.Option("--no-check", help="Skip the SHA-256 check.")] = False,
     json_output: JsonOption = False,
 ) -> None:
-    from atomq.export.folder import export
+    with loading():
+        from atomq.export.folder import export
 
     with console.progress("export") as on_progress:
         result = export(

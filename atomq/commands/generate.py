@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from atomq.commands import console
+from atomq.commands.loading import loading
 from atomq.commands.opening import choose_backend
 from atomq.commands.options import CheckpointArgument, DeviceOption, JsonOption
 from atomq.errors import ConfigError
@@ -60,9 +61,10 @@ def command(
         raise ConfigError(f"--backend {backend} is not one of simulation, kernels")
     if not all(stop or []):
         raise ConfigError("--stop takes a text that is not empty")
-    from atomq import checkpoints, hf
-    from atomq.pipeline import choose_device
-    from atomq.runtime.generate import Sampling
+    with loading():
+        from atomq import checkpoints, hf
+        from atomq.pipeline import choose_device
+        from atomq.runtime.generate import Sampling
 
     console.silence_libraries()
     place = choose_device(device)

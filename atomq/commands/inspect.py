@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from atomq.commands import console
+from atomq.commands.loading import loading
 from atomq.commands.options import CheckpointArgument, JsonOption
 from atomq.presets import stored_recipe_name
 from atomq.units import human_bytes
@@ -28,7 +29,8 @@ def command(
     ] = False,
     json_output: JsonOption = False,
 ) -> None:
-    from atomq.checkpoints import describe
+    with loading():
+        from atomq.checkpoints import describe
 
     facts = describe(checkpoint, check=check)
     if json_output:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from atomq.commands import console
+from atomq.commands.loading import loading
 from atomq.commands.options import (
     AllExpertsOption,
     CalibDataOption,
@@ -101,11 +102,12 @@ def command(
     if show_recipe:
         console.print_json(to_dict(recipe))
         return
-    from atomq import api, distributed, estimate, pipeline
-    from atomq.assist import assist
-    from atomq.commands import checking
-    from atomq.eval.verify import parse_arithmetic
-    from atomq.memory import give_back_large_ones
+    with loading():
+        from atomq import api, distributed, estimate, pipeline
+        from atomq.assist import assist
+        from atomq.commands import checking
+        from atomq.eval.verify import parse_arithmetic
+        from atomq.memory import give_back_large_ones
 
     give_back_large_ones()
     place = pipeline.choose_device(device)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from atomq.commands import console
+from atomq.commands.loading import loading
 from atomq.commands.options import CheckpointArgument, JsonOption
 
 HELP = "Build OUT/reports/report.html and report.json again from what the checkpoint and its records hold."
 
 
 def command(checkpoint: CheckpointArgument, json_output: JsonOption = False) -> None:
-    from atomq.checkpoints import open_checkpoint
-    from atomq.formats.checkpoint import REPORTS
-    from atomq.report.files import PAGE, write_report
+    with loading():
+        from atomq.checkpoints import open_checkpoint
+        from atomq.formats.checkpoint import REPORTS
+        from atomq.report.files import PAGE, write_report
 
     open_checkpoint(checkpoint, check_hashes=False)
     report = write_report(checkpoint)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from atomq.commands import console
+from atomq.commands.loading import loading
 from atomq.commands.options import CheckpointArgument, DeviceOption, JsonOption, NoRecordOption
 from atomq.commands.recording import keep_record
 
@@ -29,10 +30,11 @@ def command(
     no_record: NoRecordOption = False,
     json_output: JsonOption = False,
 ) -> None:
-    from atomq.api import refuse_failed, verification_record
-    from atomq.commands.checking import prove_checkpoint, summary_line
-    from atomq.eval.verify import parse_arithmetic
-    from atomq.pipeline import choose_device
+    with loading():
+        from atomq.api import refuse_failed, verification_record
+        from atomq.commands.checking import prove_checkpoint, summary_line
+        from atomq.eval.verify import parse_arithmetic
+        from atomq.pipeline import choose_device
 
     place = choose_device(device)
     arithmetic = parse_arithmetic(check, place)

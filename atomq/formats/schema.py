@@ -160,12 +160,10 @@ def wrong_values(name: str, tensors: Mapping[str, torch.Tensor], scheme: QuantSc
         if suffix in rules or (tensor.is_floating_point() and not is_finite(tensor)):
             right = holds(tensor)
             if not bool(right.all()):
-                place = (~right).nonzero()[0].tolist()
+                place = (~right).nonzero()[0].tolist()  # empty of a tensor that is one number
                 value = float(tensor[tuple(place)])
-                yield (
-                    f"{name}.{suffix} holds values that are not {rule}, first {value:g} in row {place[0]} "
-                    f"of {len(tensor)}"
-                )
+                row = f" in row {place[0]} of {len(tensor)}" if place else ""
+                yield f"{name}.{suffix} holds values that are not {rule}, first {value:g}{row}"
 
 
 def _finite(tensor: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from atomq.formats.schema import (
     linear_tensors,
     parse_quantization_config,
     quantization_config,
+    wrong_values,
 )
 from atomq.models.families import FAMILIES, LinearShape
 from atomq.presets import PRESETS
@@ -246,3 +247,16 @@ def test_progressive_scales_of_before_the_factors_were_packed_are_refused():
     del config["scheme"]["activations"]["clip_search"]
     with pytest.raises(CheckpointError, match="a byte for each factor, which are not read any more"):
         parse_quantization_config(config)
+
+
+def test_a_value_that_is_wrong_is_named_with_its_row_if_there_are_rows():
+    spoilt = {
+        "norm": torch.tensor(float("nan")),
+        "scales": torch.tensor([[1.0, 2.0], [0.0, 1.0]]),
+        "weight": torch.tensor([1.0, float("inf")], dtype=torch.bfloat16),
+    }
+    assert list(wrong_values("m", spoilt, QuantScheme())) == [
+        "m.norm holds values that are not finite, first nan",
+        "m.scales holds values that are not positive and finite, first 0 in row 1 of 2",
+        "m.weight holds values that are not finite, first inf in row 1 of 2",
+    ]
