@@ -79,7 +79,7 @@ def test_the_wheel_is_pure_and_states_what_it_needs(wheel):
     info = f"atomq-{atomq.__version__}.dist-info"
     assert "Root-Is-Purelib: true" in wheel.read(f"{info}/WHEEL").decode()
     assert "Tag: py3-none-any" in wheel.read(f"{info}/WHEEL").decode()
-    assert "atomq = atomq.cli:main" in wheel.read(f"{info}/entry_points.txt").decode()
+    assert "atomq = atomq.__main__:main" in wheel.read(f"{info}/entry_points.txt").decode()
     metadata = wheel.read(f"{info}/METADATA").decode()
     assert "Requires-Python: <3.14,>=3.11" in metadata
     for name in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]:
