@@ -81,14 +81,40 @@ def short_rows(monkeypatch):
     monkeypatch.setattr(kv, "OFFSET_TOKENS", 16)
 
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.5,
+    "short_factor": [1.0, 1.1, 1.2],
+    "long_factor": [1.5, 4.0, 9.0],
+    "original_max_position_embeddings": 64,  # texts that are longer turn all of their tokens by the long ones
+}
+STRETCHED = {
+    "phi3-longrope": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64}),
+    "llama-dynamic": (
+        "llama",
+        {
+            "max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "dynamic",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
+}
+
+
 @pytest.mark.usefixtures("short_rows")
-@pytest.mark.parametrize("kind", sorted(FAMILY_MODELS))
-def test_offset_and_scale_are_those_of_what_transformers_attends_with(kind):
+@pytest.mark.parametrize("name", sorted([*FAMILY_MODELS, *STRETCHED]))
+def test_offset_and_scale_are_those_of_what_transformers_attends_with(name):
     """By the same rule, from scores, queries and K that the model's own code turned wherever they were put.
 
     OPT, which has no RoPE, but learned positions, is looked at where its tokens are.
     """
-    model, family = make_model(kind)
+    kind, changes = STRETCHED.get(name, (name, {}))
+    model, family = make_model(kind, **changes)
     offset, scale = balance_of(model, family)
     n_rows, n_heads = offset.shape[:2]
     assert n_rows == 256 // 16
@@ -96,10 +122,12 @@ def test_offset_and_scale_are_those_of_what_transformers_attends_with(kind):
     w = kept_at(model, family, TOKENS, places).weights
     w = (w * (1 - w)).unflatten(1, (n_heads, -1))
     total = w.sum((0, 2, 3, 4))[:, None]
-    for row in (0, 5):  # the mean as each of the row's positions turns it
+    with_end = torch.cat((TOKENS, TOKENS[:, :1]), 1)
+    for row in (0, 5):  # the mean as each of the row's positions turns it, where a text ends with the row
         at = torch.arange(16 * row, 16 * row + 16)
         moves = [places if kind.startswith("opt") else torch.full((1, 30), n) for n in at.tolist()]
-        keys = torch.stack([kept_at(model, family, TOKENS, places).key for places in moves]).mean(0)
+        moves = [torch.cat((move, at[None, -1:]), 1) for move in moves]
+        keys = torch.stack([kept_at(model, family, with_end, move).key[:, :, :30] for move in moves]).mean(0)
         mean = torch.einsum("bhgqt,bhtd->hd", w, keys) / total
         assert torch.allclose(offset[row].double(), mean, rtol=2**-8, atol=1e-4)
     squares = of_queries = torch.zeros(())

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from atomq.errors import UnsupportedModelError
 
@@ -89,8 +90,8 @@ def _observe(
 class Rotary:
     """RoPE of one attention at any positions, found from how it turns position 1.
 
-    Right for all kinds of RoPE whose angles do not change with the length; of the others it has those of a
-    short text.
+    Where angles depend on the length of the text (LongRoPE, dynamic NTK), all positions given at once are
+    those of a text that ends at the last of them, as the model's own code takes them.
     """
 
     def __init__(self, attention: nn.Module, turns: Turns | None) -> None:
@@ -110,7 +111,7 @@ class Rotary:
 
     def turn_by_mean(self, heads: torch.Tensor, n_positions: int) -> torch.Tensor:
         """`heads` [1, T, n_heads, head_dim], the t-th by the mean turn of positions t * n_positions up to
-        (t + 1) * n_positions - 1.
+        (t + 1) * n_positions - 1, where a text ends.
         """
         means = []
         for first in range(0, heads.shape[1] * n_positions, n_positions):
@@ -123,8 +124,21 @@ class Rotary:
         """Float64 cosines and sines [1, T, channels]."""
         if self._angle is None or self._length is None:
             return None
-        angles = positions.double()[:, None] * self._angle
+        angle = _angle_by_length(self._attention, positions)
+        angles = positions.double()[:, None] * (self._angle if angle is None else angle)
         return (angles.cos() * self._length)[None], (angles.sin() * self._length)[None]
+
+
+def _angle_by_length(attention: Any, positions: torch.Tensor) -> torch.Tensor | None:
+    """The angle [channels that turn] from one position to the next in a text that ends at the last of
+    `positions`; None where it is the same in every text.
+    """
+    kind = (getattr(attention.config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if kind != "longrope" and "dynamic" not in kind:
+        return None
+    length = int(positions.max()) + 1
+    of_pairs, _ = ROPE_INIT_FUNCTIONS[kind](attention.config, positions.device, seq_len=length)
+    return torch.cat((of_pairs, of_pairs)).double()
 
 
 def turn(attention: nn.Module, keys: torch.Tensor, turns: Turns | None) -> torch.Tensor:
