@@ -98,7 +98,9 @@ def ablate(
         on_progress(done + 1, len(missing), name)
     record = ladder.record()
     write_json(folder / "ablation.json", record)
-    draw_ladder(folder / "ablation.svg", record["rows"], f"{record['model']}, {record['evaluation']['data']}")
+    keys = {"evaluation": "ppl", "second": "second_ppl"}
+    texts = {key: record[use]["data"] for use, key in keys.items() if use in record}
+    draw_ladder(folder / "ablation.svg", record["rows"], record["model"], texts)
     return record
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -15,6 +16,7 @@ from atomq.ablation import Evaluation, ablate
 from atomq.cli import main
 from atomq.config import CalibrationConfig, OutlierScheme, override, to_dict
 from atomq.errors import ConfigError
+from atomq.formats.ablation_plot import draw_ladder
 from atomq.ladder import LADDER, REFINED, choose_rungs, rung
 from atomq.presets import PRESETS, REFINE_STEPS, changed_settings
 from atomq.report.records import ladder
@@ -173,12 +175,28 @@ def test_the_whole_ladder_leaves_a_table_json_and_a_picture(model, tmp_path, tex
         rows["outliers-fp16"]["effective_bits"]["weight"] > rows["outliers-int8"]["effective_bits"]["weight"]
     )
     assert "+ groups of 128" in ladder(record)  # the section of a report
-    ElementTree.parse(folder / "ablation.svg")
+    drawn = ElementTree.parse(folder / "ablation.svg").getroot()
+    assert len(drawn.findall(".//*[@id='axes_2']")) == 1  # the second text has a panel, too
     assert {path.name for path in folder.iterdir()} == {"rows", "ablation.json", "ablation.svg"}
 
     assert main([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == record
     assert len(quantized) == len(names)  # nothing was done again
+
+
+@pytest.mark.parametrize("texts", [{"ppl": "wikitext2"}, {"ppl": "wikitext2", "second_ppl": "page.txt"}])
+def test_the_picture_has_a_panel_for_each_text(tmp_path, texts):
+    rows = [
+        {"name": "float model", "ppl": 20.5, "second_ppl": 30.25},
+        {"name": "RTN", "ppl": 41, "second_ppl": 87},
+    ]
+    draw_ladder(tmp_path / "ladder.svg", rows, "tiny", texts)
+    drawn = re.findall("<!-- (.+?) -->", (tmp_path / "ladder.svg").read_text(encoding="utf-8"))
+    for key, text in texts.items():
+        assert drawn.count(text) == 1
+        assert all(drawn.count(f"{row[key]:.2f}") == 1 for row in rows)
+    assert drawn.count("float model") == drawn.count("RTN") == 1
+    assert ("30.25" in drawn) == ("second_ppl" in texts)
 
 
 def test_a_row_is_what_quantize_and_eval_ppl_give(model, tmp_path, text_file):
