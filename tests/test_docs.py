@@ -72,6 +72,16 @@ def test_the_readme_is_one_screen_and_every_record_it_links_is_there():
     assert len(re.findall(r"\(benchmarks/results/[^)]+\.json\)", text)) >= 2
 
 
+def test_every_record_backs_a_page_and_every_record_that_a_page_names_is_there():
+    records = {path.name for path in (ROOT / readme.RESULTS).glob("*.json")}
+    assert len(records) > 50
+    pages = [*PAGES, ROOT / "CHANGELOG.md"]
+    named = [
+        re.findall(r"\b\d{4}-\d\d-\d\d-[\w.-]+?\.json", page.read_text(encoding="utf-8")) for page in pages
+    ]
+    assert records == {name for names in named for name in names}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_leads_somewhere(page):
     for target in LINK.findall(page.read_text(encoding="utf-8")):
