@@ -22,6 +22,7 @@ from atomq.eval.perplexity import PerplexityProgress, PerplexityResult, evaluate
 from atomq.eval.verify import Arithmetic, Verification, parse_arithmetic, verify_linears
 from atomq.eval.windows import evaluation_windows
 from atomq.export.folder import check_export, export
+from atomq.formats.calibration import is_calibration
 from atomq.opening import choose_backend, open_model, published_name
 from atomq.pipeline import CalibrationResult, QuantizeResult, choose_device
 from atomq.presets import DEFAULT_PRESET, REFINE_STEPS, build_recipe
@@ -94,6 +95,11 @@ def calibrate(
     for path in (artefact, picture):
         if path.exists() and not overwrite:
             raise ConfigError(f"{path} exists; name another file or add --overwrite")
+    if artefact.exists() and not is_calibration(artefact):
+        raise ConfigError(
+            f"{artefact} exists and was not made by atomq calibrate, so --overwrite does not touch it; "
+            f"name another file, or remove it yourself"
+        )
     place = choose_device(device)
     return pipeline.calibrate(str(model), artefact, config, outliers, place, on_progress, picture)
 

@@ -71,7 +71,9 @@ def check_progressive(
 
 def parse_setting(name: str, text: str, hint: Any) -> Any:
     """`text` from the command line as a value of type `hint`."""
+    or_none = ""
     if typing.get_origin(hint) is types.UnionType:
+        or_none = " or none"
         if text.lower() == "none":
             return None
         hint = next(t for t in typing.get_args(hint) if t is not type(None))
@@ -83,5 +85,5 @@ def parse_setting(name: str, text: str, hint: Any) -> Any:
         try:
             return hint(text)
         except ValueError:
-            raise ConfigError(f"{name}={text} must be a number") from None
+            raise ConfigError(f"{name}={text} must be a number{or_none}") from None
     return text

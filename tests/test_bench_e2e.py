@@ -44,14 +44,14 @@ def tiny_decoder(scheme, n_layers=2, key_position=None):
 @needs_no_gpu
 def test_without_a_gpu_it_says_so(capsys):
     assert main(["bench-e2e"]) == 1
-    assert "no CUDA device here" in capsys.readouterr().err
+    assert "no CUDA device here; atomq doctor says what" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--model", "gpt-9"], "unknown model 'gpt-9'; shapes are known of llama-2-7b"),
-        (["--batches", "1,none"], "must be numbers of at least 1"),
+        (["--batches", "1,none"], "--batches 1,none must be numbers of at least 1"),
         (["--layers", "33"], "--layers 33 must lie between 1 and the 32 of the model"),
         (["--schemes", "w4a4,w2a2"], "unknown scheme 'w2a2'; schemes are w4a4"),
         (["--context", "0"], "--context must be at least 1"),

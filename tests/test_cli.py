@@ -647,7 +647,7 @@ def test_evaluation_sizes_below_one_are_refused(refused, tiny_dir, text_file):
         (["--w-bits", 5], "weights.n_bits=5 must be one of 2, 3, 4, 8 or 16"),
         (["--kv-bits", 1], "kv.n_bits=1 must be one of"),
         (["--group-size", 0], "weights.group_size=0 must be at least 1"),
-        (["--group-size", "many"], "weights.group_size=many must be a number"),
+        (["--group-size", "many"], "weights.group_size=many must be a number or none"),
         (["--n-outliers", -1], "outliers.n_outliers=-1 must be 0 or more"),
         (["--set", "weights.n_bits"], "must look like NAME=VALUE"),
         (["--set", "weights.colour=red"], "unknown setting 'weights.colour'; settings are weights.n_bits"),
@@ -892,16 +892,19 @@ def test_a_tensor_of_another_shape_is_refused_by_name(refused, out, reading):
     refused("model.layers.1.mlp.down_proj.qweight is U8 [48, 37]; it must be U8 [48, 38]", *reading(out))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [["--max-new-tokens", 0], ["--temperature", -1]],
-)
-def test_an_impossible_generation_is_refused(refused, made, options):
-    refused("--max-new-tokens of at least 1", "generate", made, "mix", *options)
-    refused("give a prompt", "generate", made, "")
-    refused("give a prompt", "generate", made)
+def test_an_impossible_generation_is_refused(refused, made, tmp_path):
+    refused("--max-new-tokens 0 must be at least 1", "generate", made, "mix", "--max-new-tokens", 0)
+    refused("--temperature -1 must be at least 0", "generate", made, "mix", "--temperature", -1)
+    refused("give a prompt that is not empty", "generate", made, "")
+    refused("give a prompt that is not empty", "generate", made)
+    (tmp_path / "empty.txt").write_text("\n")
+    refused("or a line of --prompts FILE", "generate", made, "--prompts", tmp_path / "empty.txt")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    latin = tmp_path / "latin.txt"
+    refused(f"{latin} is not UTF-8: byte 0xe9 at offset 3", "generate", made, "--prompts", latin)
     refused("--stop takes a text", "generate", made, "mix", "--stop", "")
-    refused("cannot be read as UTF-8 text", "generate", made, "--prompts", made / "nothing.txt")
+    nothing = made / "nothing.txt"
+    refused(f"--prompts {nothing} cannot be read: No such file", "generate", made, "--prompts", nothing)
     refused("top_p 2.0", "generate", made, "mix", "--top-p", 2)
     refused("--backend gpu is not one of", "generate", made, "mix", "--backend", "gpu")
     refused("dtype 'int4' is not one of", "generate", made, "mix", "--dtype", "int4")
@@ -1285,6 +1288,27 @@ def test_ctrl_c_right_after_the_start_is_a_sentence(tiny_dir, tmp_path, delay):
     assert process.returncode in (130, -signal.SIGINT)
     assert err.startswith("error: interrupted;")
     assert err.count("\n") == 1
+
+
+def test_calibrate_replaces_its_own_artefacts_and_no_other_file(run, refused, tiny_dir, tmp_path, text_file):
+    model = Path(shutil.copytree(tiny_dir, tmp_path / "model"))
+    weights = model / "model.safetensors"
+    before = weights.read_bytes()
+    more = ["--n-outliers", 5, "--calib-data", text_file, *DATA, "--overwrite"]
+    refused("was not made by atomq calibrate, so --overwrite", "calibrate", model, "-o", weights, *more)
+    assert weights.read_bytes() == before
+    assert [run("calibrate", model, "-o", tmp_path / "stats", *more)[0] for _ in range(2)] == [0, 0]
+    recipe = quantize_argv(model, tmp_path / "OUT", text_file)
+    sentence = refused("model.safetensors is not a calibration artefact", *recipe, "--calibration", weights)
+    assert sentence.endswith("make one with atomq calibrate")
+    sentence = refused("text.txt cannot be read", *recipe, "--calibration", text_file)
+    assert sentence.endswith("make another with atomq calibrate")
+
+
+def test_verify_shows_as_many_linears_as_asked_for(run, refused, made):
+    refused("--worst -1 must be at least 0", "verify", made, "--worst", -1, "--no-record")
+    assert "relative error" in run("verify", made, "--worst", 1, "--no-record")[1]
+    assert run("verify", made, "--worst", 0, "--no-record")[1] == "14 of 14 linears pass (14 by torch)\n"
 
 
 def test_the_remains_of_a_killed_run_are_no_obstacle(run, tiny_dir, tmp_path, text_file, out):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from atomq.commands import console
-from atomq.commands.bench_gemm import parse_tokens
+from atomq.commands.bench_gemm import parse_counts
 from atomq.commands.e2e_output import print_record
 from atomq.commands.loading import loading
 from atomq.commands.options import JsonOption
@@ -73,7 +73,7 @@ def command(
         raise ConfigError("--context must be at least 1, --memory-gb above 0 and --trace at least 0")
     if key_position not in (None, "before_rope", "after_rope"):
         raise ConfigError(f"--key-position {key_position} is not one of before_rope, after_rope")
-    counts = parse_tokens(batches)
+    counts = parse_counts("--batches", batches)
     with loading():
         from atomq.eval import e2e_bench
 

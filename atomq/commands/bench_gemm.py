@@ -55,7 +55,7 @@ def command(
         if path is not None and path.suffix not in endings:
             raise ConfigError(f"{path} must end in {' or '.join(endings)}")
     shapes = _shapes(model, shape or [], checkpoint)
-    counts = parse_tokens(tokens)
+    counts = parse_counts("--tokens", tokens)
     candidates, left_out = gemm_bench.usable(_chosen(gemm_bench.all_candidates(), only))
     ceilings = gemm_bench.measure_ceilings()
     results: list[Result] = []
@@ -85,7 +85,7 @@ def command(
             _print_shape(size, [r for r in results if (r.n_channels, r.n_inputs) == size], record["gpu"])
 
 
-def parse_tokens(text: str) -> list[int]:
+def parse_counts(option: str, text: str) -> list[int]:
     """ "1,16,64" -> [1, 16, 64].
 
     Raises:
@@ -97,7 +97,7 @@ def parse_tokens(text: str) -> list[int]:
         counts = []
     if not counts or min(counts) < 1:
         raise ConfigError(
-            f"--tokens {text} must be numbers of at least 1 with commas between, such as 1,16,64"
+            f"{option} {text} must be numbers of at least 1 with commas between, such as 1,16,64"
         )
     return counts
 

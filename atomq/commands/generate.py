@@ -55,8 +55,12 @@ def command(
     json_output: JsonOption = False,
 ) -> None:
     texts = [*(prompts or []), *_read_prompts(prompt_file)]
-    if max_new_tokens < 1 or not 0 <= temperature < float("inf") or not texts or not all(texts):
-        raise ConfigError("give a prompt, --max-new-tokens of at least 1 and a --temperature of at least 0")
+    if not texts or not all(texts):
+        raise ConfigError("give a prompt that is not empty, as an argument or a line of --prompts FILE")
+    if max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens {max_new_tokens} must be at least 1")
+    if not 0 <= temperature < float("inf"):
+        raise ConfigError(f"--temperature {temperature:g} must be at least 0 (greedy)")
     if backend not in ("simulation", "kernels"):
         raise ConfigError(f"--backend {backend} is not one of simulation, kernels")
     if not all(stop or []):
@@ -162,8 +166,13 @@ def _read_prompts(path: Path | None) -> list[str]:
         return []
     try:
         return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompts {path} cannot be read as UTF-8 text: {error}") from error
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ConfigError(
+            f"--prompts {path} is not UTF-8: byte {byte:#04x} at offset {error.start}; save it as UTF-8"
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"--prompts {path} cannot be read: {error.strerror or error}") from error
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool) -> list[int]:

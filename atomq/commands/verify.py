@@ -10,6 +10,7 @@ from atomq.commands import console
 from atomq.commands.loading import loading
 from atomq.commands.options import CheckpointArgument, DeviceOption, JsonOption, NoRecordOption
 from atomq.commands.recording import keep_record
+from atomq.errors import ConfigError
 
 HELP = (
     "Check a checkpoint: integrity, then every linear against exact integer arithmetic on its stored codes. "
@@ -30,6 +31,8 @@ def command(
     no_record: NoRecordOption = False,
     json_output: JsonOption = False,
 ) -> None:
+    if worst < 0:
+        raise ConfigError(f"--worst {worst} must be at least 0")
     with loading():
         from atomq.api import refuse_failed, verification_record
         from atomq.commands.checking import prove_checkpoint, summary_line
@@ -50,8 +53,9 @@ def command(
             for v in found.worst(worst)
         ]
         title = f"{checkpoint.name}: the worst of {len(found.verdicts)} linears"
-        console.print_table(
-            title, ["linear", "relative error", "allowed", "wrong codes", "computed by"], rows
-        )
+        if rows:
+            console.print_table(
+                title, ["linear", "relative error", "allowed", "wrong codes", "computed by"], rows
+            )
         console.print_line(summary_line(found))
     refuse_failed(found)

@@ -147,7 +147,7 @@ def measure_ceiling() -> Ceiling:
         KernelError: no CUDA device.
     """
     if not torch.cuda.is_available():
-        raise KernelError("bench-e2e: no CUDA device here")
+        raise KernelError("bench-e2e: no CUDA device here; atomq doctor says what its kernels need")
     source = torch.zeros(1 << 29, dtype=torch.float16, device="cuda")
     target = torch.empty_like(source)
     candidates: dict[Launch, int] = {

@@ -21,6 +21,7 @@ from atomq.export.stored import StoredLinear, read_blocks
 from atomq.formats.card import export_card
 from atomq.formats.checkpoint import (
     INDEX,
+    has_manifest,
     read_config,
     read_manifest,
     read_tensors,
@@ -91,12 +92,27 @@ def check_export(
     """Refuse, before a model is quantized, an export that would be refused afterwards.
 
     Raises:
-        ConfigError: the format cannot express the scheme, or `dest` exists.
+        ConfigError: the format cannot express the scheme, or see `check_dest`.
         UnsupportedModelError: there is no such model.
     """
     source = resolve_source(model_name)
     model = empty_model(load_config(source), source)
     bind_format(format_name, scheme, linear_shapes(model, find_family(model.config.model_type)))
+    check_dest(dest, overwrite=overwrite)
+
+
+def check_dest(dest: Path, *, overwrite: bool) -> None:
+    """Refuse a place where no export can be written: only an earlier export is ever replaced.
+
+    Raises:
+        ConfigError: `dest` exists and `overwrite` is not set, or it holds something else.
+        StorageError: a file is where `dest` needs a folder.
+    """
+    if has_manifest(dest) and "exported_as" not in read_manifest(dest):
+        raise ConfigError(
+            f"{dest} is a checkpoint and no export, so export does not touch it; name another folder, "
+            f"or remove it yourself"
+        )
     check_place(dest, overwrite=overwrite)
 
 
@@ -112,10 +128,11 @@ def export(
     """Write `checkpoint` to the folder `dest` in another tool's format.
 
     Raises:
-        ConfigError: the format cannot express the scheme, or `dest` exists.
+        ConfigError: the format cannot express the scheme, or see `check_dest`.
         CheckpointError: `checkpoint` is not whole.
         StorageError: something cannot be written. Nothing half-written stays behind.
     """
+    check_dest(dest, overwrite=overwrite)
     opened = open_checkpoint(checkpoint, check_hashes=check_hashes)
     bound = bind_format(format_name, opened.scheme, linear_shapes(opened.model, opened.family))
     manifest = read_manifest(checkpoint)

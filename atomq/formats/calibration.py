@@ -24,6 +24,7 @@ from atomq.numerics.channels import ChannelStatistics
 
 _METADATA = "atomq_calibration"
 _VERSION = 1
+_NO_ARTEFACT = "is not a calibration artefact of this version of atomq; make one with atomq calibrate"
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def read_calibration(path: Path, key: CalibrationKey) -> dict[str, ChannelStatis
     """
     if not path.is_file():
         raise CheckpointError(f"there is no calibration artefact {path}; make one with atomq calibrate")
-    with open_shard(path) as file:
+    with _open(path) as file:
         content = _parse(path, (file.metadata() or {}).get(_METADATA))
         found = content["key"]
         wanted: dict[str, Any] = json.loads(json.dumps(asdict(key)))
@@ -106,17 +107,33 @@ def read_calibration(path: Path, key: CalibrationKey) -> dict[str, ChannelStatis
     return statistics
 
 
+def is_calibration(path: Path) -> bool:
+    """Whether the file is an artefact of `atomq calibrate`, of whatever version, model or text."""
+    try:
+        with open_shard(path) as file:
+            return _METADATA in (file.metadata() or {})
+    except CheckpointError:
+        return False
+
+
 def read_facts(path: Path) -> dict[str, Any]:
     """The facts that were written beside the statistics.
 
     Raises:
         CheckpointError: not such an artefact, or damaged.
     """
-    with open_shard(path) as file:
+    with _open(path) as file:
         facts = _parse(path, (file.metadata() or {}).get(_METADATA)).get("facts")
     if not isinstance(facts, dict):
-        raise CheckpointError(f"{path.name} is not a calibration artefact of this version of atomq")
+        raise CheckpointError(f"{path.name} {_NO_ARTEFACT}")
     return facts
+
+
+def _open(path: Path) -> Any:
+    try:
+        return open_shard(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; make another with atomq calibrate") from error
 
 
 def _parse(path: Path, text: str | None) -> dict[str, Any]:
@@ -129,5 +146,5 @@ def _parse(path: Path, text: str | None) -> dict[str, Any]:
         or content.get("version") != _VERSION
         or not isinstance(content.get("key"), dict)
     ):
-        raise CheckpointError(f"{path.name} is not a calibration artefact of this version of atomq")
+        raise CheckpointError(f"{path.name} {_NO_ARTEFACT}")
     return content

@@ -104,7 +104,9 @@ def check_files(folder: Path, *, hashes: bool) -> int:
         elif hashes and file_sha256(path) != entry["sha256"]:
             wrong.append(f"{name} has been altered (SHA-256 differs)")
     if wrong:
-        raise CheckpointError(f"{folder.name} differs from its manifest: {'; '.join(wrong)}")
+        raise CheckpointError(
+            f"{folder.name} differs from its manifest: {'; '.join(wrong)}; copy it again, or make it anew"
+        )
     return len(files)
 
 

@@ -53,7 +53,7 @@ def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
                 stored[name] = _stored(path, name, header.get_dtype(), tuple(header.get_shape()))
     except (SafetensorError, OSError) as error:
         raise UnsupportedModelError(
-            f"{path.name} is truncated or no safetensors file ({error}); fetch it again"
+            f"{path} is truncated or no safetensors file ({error}); fetch it again"
         ) from error
     return stored
 

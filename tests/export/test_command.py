@@ -73,6 +73,20 @@ def test_experts_are_exported_under_the_names_that_other_tools_read(tmp_path, ki
         assert "export with --format hf" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("place", ["itself", "another checkpoint"])
+def test_an_export_replaces_exports_and_no_checkpoint(checkpoint, tmp_path, capsys, place):
+    out, other = tmp_path / "OUT", tmp_path / "OTHER"
+    shutil.copytree(checkpoint, out)
+    shutil.copytree(checkpoint, other)
+    dest = out if place == "itself" else other
+    assert main(["export", str(out), str(dest), "--format", "hf", "--overwrite"]) == 2
+    assert f"{dest} is a checkpoint and no export, so export does not touch it" in capsys.readouterr().err
+    assert check_files(out, hashes=True) == check_files(other, hashes=True)
+    argv = ["export", str(out), str(tmp_path / "DEST"), "--format", "hf"]
+    assert [main(argv), main(argv), main([*argv, "--overwrite"])] == [0, 2, 0]
+    assert "DEST exists; name another folder or add --overwrite" in capsys.readouterr().err
+
+
 def test_what_a_killed_export_left_behind_is_not_taken_over(checkpoint, tmp_path):
     leftover = tmp_path / ".DEST.partial" / "checkpoint" / "model-00002-of-00003.safetensors"
     leftover.parent.mkdir(parents=True)

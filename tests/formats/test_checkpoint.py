@@ -86,7 +86,7 @@ def test_all_files_that_differ_are_named(small):
         check_files(small, hashes=True)
     assert str(caught.value) == (
         f"small differs from its manifest: config.json is missing; {FIRST} has {size} bytes instead of "
-        f"{size + 1}; {INDEX} has been altered (SHA-256 differs)"
+        f"{size + 1}; {INDEX} has been altered (SHA-256 differs); copy it again, or make it anew"
     )
     with pytest.raises(CheckpointError) as caught:
         check_files(small, hashes=False)
