@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect as inspect_module  # a command has that name, too
+import io
 import os
 import re
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
@@ -110,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)  # read when torch is loaded, which is later
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: characters that its encoding lacks
     try:
         app(args=None if argv is None else list(argv), prog_name="atomq")
     except SystemExit as end:

@@ -1311,6 +1311,19 @@ def test_verify_shows_as_many_linears_as_asked_for(run, refused, made):
     assert run("verify", made, "--worst", 0, "--no-record")[1] == "14 of 14 linears pass (14 by torch)\n"
 
 
+def test_what_the_encoding_of_stdout_lacks_is_escaped(made, tmp_path, monkeypatch):
+    out = shutil.copytree(made, tmp_path / "Öl")
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    prompt = ["-m", "atomq", "generate", str(out), "hé", "--max-new-tokens", "2"]
+    shown = python(*prompt)
+    assert (shown.returncode, shown.stdout[:5]) == (0, "h\\xe9"), shown.stderr
+    record = json.loads(python(*prompt, "--json").stdout)
+    assert record["prompt"] == "hé"
+    assert "\\xd6l" in python("-m", "atomq", "inspect", str(out)).stdout
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8")
+    assert '"prompt": "hé"' in python(*prompt, "--json").stdout
+
+
 def test_the_remains_of_a_killed_run_are_no_obstacle(run, tiny_dir, tmp_path, text_file, out):
     for remains in (tmp_path / ".OUT.partial", tmp_path / ".OUT.previous"):
         remains.mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import yaml
 
 import atomq
 from atomq.cli import app
+from atomq.errors import ConfigError
+from atomq.export.folder import FORMATS, bind_format
+from atomq.models.families import LinearShape
 from atomq.presets import PRESETS
 from benchmarks import readme
 
@@ -102,6 +106,29 @@ def test_the_usage_page_knows_every_command_and_preset():
         assert f"atomq {command}" in text, command
     for preset in PRESETS:
         assert f"| `{preset}`" in text, preset
+
+
+def formats_of(preset: str) -> set[str]:
+    """Those that a checkpoint of a model of width 4096 exports to."""
+    shapes = {"model.layers.0.self_attn.q_proj": LinearShape(4096, 4096, has_bias=False)}
+    found = set()
+    for name in FORMATS:
+        with contextlib.suppress(ConfigError):
+            bind_format(name, PRESETS[preset].scheme, shapes)
+            found.add(name)
+    return found
+
+
+def test_the_page_on_exports_says_where_each_preset_leaves():
+    text = (ROOT / "docs" / "exports.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `--preset ([^|]+)` \| (.+) \|$", text, re.MULTILINE)
+    told = {
+        preset: {formats.split(" ")[0] for formats in re.sub(r"\([^)]*\)", "", cell).split(", ")}
+        for presets, cell in rows
+        for preset in presets.split("`, `")
+        if "--set" not in preset
+    }
+    assert told == {preset: formats_of(preset) for preset in PRESETS}
 
 
 def test_the_menu_of_the_site_has_every_page():

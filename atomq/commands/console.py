@@ -31,10 +31,15 @@ _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """One JSON document on stdout."""
+    """One JSON document on stdout, with escapes where its encoding needs them."""
     if out.quiet:
         return
-    out.file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    try:
+        text.encode(out.encoding)
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=2)
+    out.file.write(text + "\n")
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]], n_texts: int = 1) -> None:
