@@ -201,7 +201,9 @@ def recipe_name(recipe: Recipe) -> str:
     """The preset nearest to `recipe` and what is set over it: "atom", or "atom, weights.n_bits=3"."""
     changes = {name: changed_settings(preset, recipe) for name, preset in PRESETS.items()}
     nearest = min(changes, key=lambda name: len(changes[name]))
-    return ", ".join((nearest, *(f"{setting}={value}" for setting, value in changes[nearest].items())))
+    return ", ".join(
+        (nearest, *(f"{setting}={as_typed(value)}" for setting, value in changes[nearest].items()))
+    )
 
 
 def stored_recipe_name(values: Any) -> str:
@@ -216,6 +218,11 @@ def changed_settings(before: Recipe, after: Recipe) -> dict[str, Any]:
     """The settings in which `after` differs, named as `override` takes them, with their values there."""
     old, new = flat_settings(to_dict(before)), flat_settings(to_dict(after))
     return {name: "none" if new[name] is None else new[name] for name in new if old[name] != new[name]}
+
+
+def as_typed(value: Any) -> str:
+    """A setting's value as `--set` takes it."""
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def flat_settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

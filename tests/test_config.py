@@ -24,7 +24,7 @@ from atomq.config import (
     to_dict,
 )
 from atomq.errors import ConfigError
-from atomq.presets import DEFAULT_PRESET, PRESET_HELP, PRESETS, find_preset
+from atomq.presets import DEFAULT_PRESET, PRESET_HELP, PRESETS, as_typed, changed_settings, find_preset
 
 
 def refused(message: str):
@@ -423,3 +423,17 @@ def test_a_float_cache_has_no_balance_whatever_the_preset_says():
 def test_what_the_levers_cannot_go_with_is_refused(assignments, reason):
     with refused(reason):
         override(find_preset("atomq"), assignments)
+
+
+def test_settings_are_shown_as_they_are_typed():
+    assert [as_typed(value) for value in (None, True, False, 4, 0.9, "rtn")] == [
+        "none",
+        "true",
+        "false",
+        "4",
+        "0.9",
+        "rtn",
+    ]
+    for one, other in itertools.permutations(PRESETS.values(), 2):
+        shown = {name: as_typed(value) for name, value in changed_settings(one, other).items()}
+        assert override(one, shown) == other

@@ -40,7 +40,7 @@ def command(
     rows = [fact.cells() for fact in found.facts]
     console.print_table("side by side", ["", *found.names, "second / first"], rows)
     if found.settings:
-        rows = [[s.name, str(s.first), str(s.second)] for s in found.settings]
+        rows = [setting.cells() for setting in found.settings]
         console.print_table("settings that differ", ["setting", *found.names], rows)
     console.print_line(found.verdict())
     if html is not None:

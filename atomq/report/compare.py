@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from html import escape
 from typing import Any
 
-from atomq.presets import flat_settings
+from atomq.presets import as_typed, flat_settings
 from atomq.report import charts
 from atomq.report.facts import Report
 from atomq.report.page import document
@@ -50,6 +50,10 @@ class Setting:
     name: str
     first: Any
     second: Any
+
+    def cells(self) -> list[str]:
+        """Name and both values."""
+        return [self.name, as_typed(self.first), as_typed(self.second)]
 
 
 @dataclass(frozen=True)
@@ -125,13 +129,13 @@ def comparison_page(found: Comparison) -> str:
         f"<section><h2>Error of every linear</h2><p>{escape(found.verdict())}</p>{_linears(found)}</section>"
         "</main>"
     )
-    return document(f"{one} and {two}, compared by atomq", body)
+    return document(f"{one} and {two}, compared by atomq", body, "atomq compare A B --html FILE.html")
 
 
 def _settings(found: Comparison) -> str:
     if not found.settings:
         return "<p>None: the recipes are equal.</p>"
-    rows = [[escape(s.name), escape(str(s.first)), escape(str(s.second))] for s in found.settings]
+    rows = [list(map(escape, setting.cells())) for setting in found.settings]
     return table("recipe", ["setting", *found.names], rows)
 
 

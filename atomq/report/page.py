@@ -29,11 +29,11 @@ def report_page(report: Report) -> str:
         f"{_cards(report)}{_warnings(report.warnings)}{_errors(report.linears)}{record_sections(report.records)}"
         f"{_experts(report.starved)}{_outliers(report)}{_scales(report)}{_time(report)}{_about(report)}</main>"
     )
-    return document(title, body)
+    return document(title, body, "atomq report OUT")
 
 
-def document(title: str, body: str) -> str:
-    """A page around `body`, with the style inside."""
+def document(title: str, body: str, command: str) -> str:
+    """A page around `body`, with the style inside; `command` builds it again."""
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -41,7 +41,7 @@ def document(title: str, body: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<title>{escape(title)}</title><link rel="icon" href="data:,"><style>{style}</style></head>'
         f"<body>{body}<footer>Written by atomq {__version__}; rebuilt at any time by "
-        "<code>atomq report OUT</code>.</footer></body></html>\n"
+        f"<code>{escape(command)}</code>.</footer></body></html>\n"
     )
 
 

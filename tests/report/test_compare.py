@@ -41,6 +41,7 @@ def test_the_figures_are_those_of_the_reports(pair):
         "activations.n_bits": (4, 8),
         "kv.n_bits": (4, 8),
     }
+    assert ["weights.symmetric", "true", "false"] in [s.cells() for s in found.settings]
     assert len(found.linears) == 14
     assert found.verdict().startswith("eight has the smaller error in 14 of 14 linears; ")
 
@@ -84,6 +85,8 @@ def test_the_command_prints_a_table_json_or_a_page(pair, tmp_path, capsys):
     assert document["names"] == ["four", "eight"]
     page = StrictPage((tmp_path / "both.html").read_text())
     assert page.tags["circle"] == 14
+    written = (tmp_path / "both.html").read_text()
+    assert "rebuilt at any time by <code>atomq compare A B --html FILE.html</code>" in written
     assert "those that eight improves most" in page.texts["caption"]
     assert "those that eight worsens most" not in page.texts["caption"]
     assert main([*argv, "--html", str(tmp_path / "both.txt")]) == 2
