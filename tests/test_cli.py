@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -1303,6 +1304,13 @@ def test_calibrate_replaces_its_own_artefacts_and_no_other_file(run, refused, ti
     assert sentence.endswith("make one with atomq calibrate")
     sentence = refused("text.txt cannot be read", *recipe, "--calibration", text_file)
     assert sentence.endswith("make another with atomq calibrate")
+
+
+def test_the_command_that_quantize_names_next_works_as_it_stands(run, tiny_dir, tmp_path, text_file):
+    model = shutil.copytree(tiny_dir, tmp_path / "my model")
+    argv = [part for part in quantize_argv(model, tmp_path / "OUT", text_file) if part != "--json"]
+    told = run(*argv)[1].splitlines()[-1].removeprefix("Measure it: atomq ")
+    assert run(*shlex.split(told), "--data", text_file, "--seq-len", 64, "--max-windows", 1)[0] == 0
 
 
 def test_verify_shows_as_many_linears_as_asked_for(run, refused, made):

@@ -157,7 +157,9 @@ def command(
         facts = None if proof is None else proof.summary()
         console.print_json({"out": str(out), **summary, "verification": facts})
     else:
-        _print_summary(path, summary, "not asked for" if proof is None else checking.summary_line(proof))
+        _print_summary(
+            model, path, summary, "not asked for" if proof is None else checking.summary_line(proof)
+        )
     if proof is not None:
         api.refuse_failed(proof)
 
@@ -177,7 +179,7 @@ def _print_estimate(found: Estimate) -> None:
     console.print_table("what the run would take, by a probe of one block", columns, rows)
 
 
-def _print_summary(path: Path, summary: dict[str, Any], proof: str) -> None:
+def _print_summary(model: str, path: Path, summary: dict[str, Any], proof: str) -> None:
     bits, seconds = summary["effective_bits"], summary["seconds"]
     error = summary["mean_relative_error"]
     rows = [
@@ -195,4 +197,4 @@ def _print_summary(path: Path, summary: dict[str, Any], proof: str) -> None:
     if "exported" in summary:
         console.print_line(f"Exported to {summary['exported']}")
     console.print_line(f"Look at it: {path / 'reports' / 'report.html'}")
-    console.print_line(f"Measure it: atomq eval-ppl {shlex.quote(str(path))} --baseline MODEL")
+    console.print_line(f"Measure it: {shlex.join(['atomq', 'eval-ppl', str(path), '--baseline', model])}")
