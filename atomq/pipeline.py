@@ -284,7 +284,10 @@ def quantize(
             "size_bytes": writer.total_size,
             "linear_bytes": code_bytes(recipe.scheme, shapes),
             "mean_relative_error": mean_error(report),
-            "notes": [] if choice is None else [choice.sentence()],
+            "notes": [
+                *([] if choice is None else [choice.sentence()]),
+                *_resumed(len(finished), model.config.num_hidden_layers),
+            ],
             "warnings": warnings,
             "seconds": seconds,
         }
@@ -296,6 +299,12 @@ def quantize(
         writer.publish()
     write_report(out)
     return QuantizeResult(out, report, summary)
+
+
+def _resumed(n_finished: int, n_blocks: int) -> list[str]:
+    """What a user must know of times, if an earlier run had finished blocks."""
+    told = f"{n_finished} of {n_blocks} blocks were finished by an earlier run; times are those of the rest"
+    return [told] if n_finished else []
 
 
 def _kept_statistics(

@@ -1088,6 +1088,19 @@ def test_a_full_disk_leaves_the_old_checkpoint_alone(run, made, tiny_dir, out, m
     goes_on(run, made, argv, out)
 
 
+def test_a_run_that_went_on_says_of_what_its_times_are(run, made, tiny_dir, tmp_path, monkeypatch):
+    out, told = tmp_path / "OUT", "2 of 2 blocks were finished by an earlier run; times are those of the rest"
+    argv = quantize_argv(tiny_dir, out, made.parent / "text.txt")
+    with monkeypatch.context() as patch:
+        full_disk(patch, "config.json")
+        assert run(*argv)[0] == 1
+    code, _, err = run(*argv)
+    assert code == 0
+    assert f"note: {told}" in err
+    assert told in (out / "reports" / "report.html").read_text(encoding="utf-8")
+    assert "earlier run" not in (made / "reports" / "report.html").read_text(encoding="utf-8")
+
+
 def test_a_full_disk_leaves_no_half_statistics(refused, tiny_dir, tmp_path, text_file, monkeypatch):
     artefact = tmp_path / "new" / "stats.safetensors"
     argv = ["calibrate", tiny_dir, "-o", artefact, "--n-outliers", 5, "--calib-data", text_file, *DATA]

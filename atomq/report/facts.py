@@ -109,7 +109,7 @@ class Report:
     Attributes:
         starved: calibration tokens of each expert of a mixture that saw too few, by full name.
         records: every other JSON record in reports/, by file name without the ending.
-        about: recipe, source, calibration, versions and host, as manifest and run recorded them.
+        about: recipe, source, calibration, versions, notes and host, as manifest and run recorded them.
     """
 
     summary: Summary
@@ -155,7 +155,8 @@ def gather(folder: Path) -> Report:
         scales=_scale_histograms(folder, headers, scheme),
         starved=run.get("starved_experts") or {},
         records=records,
-        about=about | {"host": run.get("host"), "scheme": config.get("scheme")},
+        about=about
+        | {"notes": run.get("notes") or [], "host": run.get("host"), "scheme": config.get("scheme")},
     )
 
 

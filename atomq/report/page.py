@@ -24,8 +24,9 @@ def report_page(report: Report) -> str:
     summary = report.summary
     title = f"{summary.model}, {summary.scheme_name} by atomq"
     lead = f"Recipe {summary.recipe_name}."
+    notes = "".join(f"<p class=soft>{escape(note)}</p>" for note in report.about.get("notes") or [])
     body = (
-        f"<header><h1>{escape(title)}</h1><p class=soft>{escape(lead)}</p></header><main>"
+        f"<header><h1>{escape(title)}</h1><p class=soft>{escape(lead)}</p>{notes}</header><main>"
         f"{_cards(report)}{_warnings(report.warnings)}{_errors(report.linears)}{record_sections(report.records)}"
         f"{_experts(report.starved)}{_outliers(report)}{_scales(report)}{_time(report)}{_about(report)}</main>"
     )
