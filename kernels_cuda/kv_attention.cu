@@ -8,6 +8,8 @@
 //              two slots, place, lane t and slot; KEY_MODE 2: cosine - sine and cosine + sine
 //   key_offset, key_scale, n_offset_rows   as in kv_append.cu; the query is multiplied by key_scale after RoPE
 //   lengths    int32 [n_sequences], the new token included; 0 for an empty slot, whose output is 0
+//   is_settled promises that lengths, page_table and all tokens but each sequence's newest were written by grids that had
+//              ended before some grid ahead on the stream began
 //   out        ELEMENT [n_sequences, n_heads * GROUP, HEAD_DIM], contiguous
 //   partials   float32 [n_sequences, n_heads, n_splits, GROUP, STORED_DIM + 2], counters uint32 [n_sequences, n_heads],
 //              zero and left zero; n_splits > 1 only
@@ -23,6 +25,11 @@
 // minimum), so codes go into mma as they are stored, as subnormal halves. Before RoPE, K must be rebuilt: the query
 // is turned by the page's first position, K by its place in the page, whose 64 turns lie in shared memory; the
 // Hadamard is mma on blocks of 16 channels, then butterflies across registers (exact: sums of codes stay below 2048).
+//
+// It may begin while grids ahead of it run (grid_order.cuh), and all of those began after the one that is_settled speaks of. So
+// what it promises may be read at once, and the first pages are on their way when the query comes; a page with the newest
+// token, which the grid before this one may be writing, is left until all have ended. query, page_table and lengths
+// are not __restrict__: the compiler moves loads of what no one writes to before the wait.
 //
 //   launch: grid (n_heads, n_sequences, n_splits), block 32 * N_WARPS, dynamic shared memory SHARED_BYTES
 
@@ -57,6 +64,7 @@ constexpr int JOIN_WORDS = N_WARPS * GROUP * SHARE_STRIDE;
 constexpr int SHARED_WORDS = QUERY_WORDS + TURN_WORDS + OFFSET_WORDS + PARKED_WORDS +
                              (RING_WORDS > JOIN_WORDS ? RING_WORDS : JOIN_WORDS);
 constexpr float LOG2_E = 1.44269504f;
+constexpr float SCORE_UNIT = KEY_MODE == 0 ? CODE_UNIT : 1.0f;  // scores are over it, so that none is multiplied by CODE_UNIT
 constexpr int RESIDENT_CTAS =  // compilers for sm_100 and later need more registers
     MIN_CTAS * N_WARPS > 8 && __CUDA_ARCH__ >= 1000 ? 8 / N_WARPS : MIN_CTAS;
 
@@ -64,7 +72,7 @@ static_assert(KEY_MODE || !KEY_OFFSET, "after RoPE key_offset goes with key_scal
 static_assert(OFFSET_TOKENS % PAGE_TOKENS == 0, "a page has one offset");
 static_assert(KEY_MODE == 0 || BITS < 16, "a float16 cache holds K after RoPE");
 static_assert(KEY_MODE != 2 || (BITS == 4 && (HEAD_DIM & (HEAD_DIM - 1)) == 0 && HEAD_DIM >= 64), "exact sums");
-static_assert(STAGES <= PAGE_STEPS + 1, "ranges of two pages");
+static_assert(STAGES <= PAGE_STEPS + 1, "ranges of two pages; the first copies are of one");
 static_assert(GROUP >= 1 && GROUP <= 16 && SHARED_BYTES == SHARED_WORDS * 4, "see attention_defines");
 
 // The pages that a warp walks over, and the copies of its steps, which are started one after the other.
@@ -74,40 +82,45 @@ struct Walk {
     int lane, n_heads, head;
     unsigned ranges;  // shared memory: the lane's part of two pages' ranges
     int ids;          // of 32 pages
-    int n_pages = 0, n_steps = 0;
+    int n_pages = 0, n_steps = 0, step = 0;
     const unsigned* source = nullptr;
 
-    // The copy of the next of `n_steps` steps, in `part` of `page`, to `stage`.
-    __device__ void start_copy(int page, bool is_first, unsigned stage) {
-        if (n_steps-- > 0) {
-            if (is_first) {
+    // The copy of the next of `n_steps` steps to `stage`.
+    __device__ void start_copy(unsigned stage) {
+        if (step < n_steps) {
+            if (step % PAGE_STEPS == 0) {
+                const int page = step / PAGE_STEPS;
                 if (page && page % 32 == 0) ids = table[min(page + lane, n_pages - 1) * N_WARPS];
                 const long long id = __shfl_sync(ALL_LANES, ids, page % 32);
-                const unsigned* start = pages + (id * n_heads + head) * PAGE_WORDS;
+                source = pages + (id * n_heads + head) * PAGE_WORDS + lane * PLANE_WORDS;
                 const unsigned to = ranges + page % 2 * RANGE_WORDS * 4;
-                source = start + lane * PLANE_WORDS;
-                if (BITS < 16) copy_words_async<4>(to, start + 2 * SIDE_WORDS + lane * 4);
+                if (BITS < 16) copy_words_async<4, 0, 2 * SIDE_WORDS * 4>(to, source + lane * (4 - PLANE_WORDS));
             }
-#pragma unroll
-            for (int i = 0; i < 4 * PLANES; ++i) {  // K of 8 tokens, K of the next 8, V, V
-                const int plane = i % PLANES, side = i / PLANES / 2, eight = i / PLANES % 2;
-                const unsigned* from = source + side * SIDE_WORDS + (plane * PAGE_CHUNKS + eight * 32) * PLANE_WORDS;
-                copy_words_async<PLANE_WORDS>(stage + i * 32 * PLANE_WORDS * 4, from);
-            }
+            copy_part<0>(stage);
             source += 64 * PLANE_WORDS;
         }
+        ++step;
         copy_commit();
+    }
+
+    // K of 8 tokens, K of the next 8, V, V: planes I, I + 1, .. of them all.
+    template <int I>
+    __device__ void copy_part(unsigned stage) const {
+        constexpr int PLANE = I % PLANES, SIDE = I / PLANES / 2, EIGHT = I / PLANES % 2;
+        constexpr int FROM = SIDE * SIDE_WORDS + (PLANE * PAGE_CHUNKS + EIGHT * 32) * PLANE_WORDS;
+        copy_words_async<PLANE_WORDS, I * 32 * PLANE_WORDS * 4, FROM * 4>(stage, source);
+        if constexpr (I + 1 < 4 * PLANES) copy_part<I + 1>(stage);
     }
 };
 
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(32 * N_WARPS, RESIDENT_CTAS)
-kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pages, const int* __restrict__ page_table,
-             const int* __restrict__ lengths, const float2* __restrict__ rotary, const unsigned* __restrict__ page_turns,
+kv_attention(const ELEMENT* query, const unsigned* __restrict__ pages, const int* page_table, const int* lengths,
+             const float2* __restrict__ rotary, const unsigned* __restrict__ page_turns,
              const float* __restrict__ norm_weight, const float* __restrict__ key_offset, const float* __restrict__ key_scale,
              ELEMENT* __restrict__ out, float* __restrict__ partials, unsigned* __restrict__ counters, int query_stride,
-             int table_stride, int n_offset_rows, float epsilon, float softmax_scale) {
+             int table_stride, int n_offset_rows, int is_settled, float epsilon, float softmax_scale) {
     extern __shared__ __align__(16) unsigned shared[];
     float* queries = reinterpret_cast<float*>(shared);
     unsigned* turns = shared + QUERY_WORDS;
@@ -128,23 +141,16 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
     }
     for (int i = threadIdx.x * 4; i < TURN_WORDS; i += 32 * N_WARPS * 4) copy_async(turns + i, page_turns + i);
     copy_commit();
-    wait_for_earlier_grids();
+    if (!is_settled) wait_for_earlier_grids();
 
-    // On their way before anything is known of the sequence: its first pages, and queries warp, warp + N_WARPS, ..
+    // Page ids are asked for before anything is known of the sequence.
     const int length = lengths[sequence], position = length - 1;
     const int* table = page_table + sequence * table_stride;
     const int column = warp + lane * N_WARPS;
     const int first_ids = n_splits == 1 && column < table_stride ? table[column] : 0;
-    const ELEMENT* source = query + static_cast<long long>(sequence) * query_stride + head * GROUP * HEAD_DIM;
-    float rows[ROWS][LANE_PARTS];
-#pragma unroll
-    for (int i = 0; i < ROWS * LANE_PARTS; ++i) {
-        const int row = warp + i / LANE_PARTS * N_WARPS, channel = lane + i % LANE_PARTS * 32;
-        const bool exists = row < GROUP && channel < HEAD_DIM;
-        rows[i / LANE_PARTS][i % LANE_PARTS] = exists ? static_cast<float>(source[row * HEAD_DIM + channel]) : 0.0f;
-    }
     ELEMENT* target = out + (static_cast<long long>(sequence) * n_heads + head) * GROUP * HEAD_DIM;
     if (length <= 0) {
+        wait_for_earlier_grids();
         for (int i = threadIdx.x; i < GROUP * HEAD_DIM && split == 0; i += 32 * N_WARPS) {
             target[i] = static_cast<ELEMENT>(0.0f);
         }
@@ -164,11 +170,21 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
     float2 query_turns[PAIR_PARTS];
     if (KEY_MODE == 0) load_turns(rotary + static_cast<long long>(position) * (HEAD_DIM / 2), query_turns);
     const unsigned own_ring = shared_address(ring + warp * STAGES * STAGE_WORDS + lane * PLANE_WORDS);
+    if (first == n_pages - 1) wait_for_earlier_grids();  // it has the newest token; the first copies are of one page
 #pragma unroll
     for (int step = 0; step < STAGES - 1; ++step) {
-        walk.start_copy(step / PAGE_STEPS, step % PAGE_STEPS == 0, own_ring + step * STAGE_WORDS * 4);
+        walk.start_copy(own_ring + step * STAGE_WORDS * 4);
     }
 
+    wait_for_earlier_grids();  // for the query, queries warp, warp + N_WARPS, .. of it, and all that is written
+    const ELEMENT* source = query + static_cast<long long>(sequence) * query_stride + head * GROUP * HEAD_DIM;
+    float rows[ROWS][LANE_PARTS];
+#pragma unroll
+    for (int i = 0; i < ROWS * LANE_PARTS; ++i) {
+        const int row = warp + i / LANE_PARTS * N_WARPS, channel = lane + i % LANE_PARTS * 32;
+        const bool exists = row < GROUP && channel < HEAD_DIM;
+        rows[i / LANE_PARTS][i % LANE_PARTS] = exists ? static_cast<float>(source[row * HEAD_DIM + channel]) : 0.0f;
+    }
     for (int i = threadIdx.x; i < OFFSET_WORDS; i += 32 * N_WARPS) {  // [slot / 4][t][slot % 4]
         const int slot = i / 16 * 4 + i % 4, half = slot / (SLOTS / 2);
         const int channel = key_channel(half, i / 4 % 4 * SLOTS + slot % (SLOTS / 2) * 2);
@@ -218,20 +234,20 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
     float sums[HEAD_TILES][2] = {};
     if (KEY_MODE == 0) {
         query_operand<false>(queries, nullptr, g, t, operand);
-        query_sums(operand, t, sums);
+        query_sums(operand, t, 1.0f / SCORE_UNIT, sums);
     }
     const Hadamard16 hadamard(g, t);
-    Softmax softmax(__shfl_sync(ALL_LANES, softmax_scale * (LOG2_E * KEY_UNIT), lane));
+    Softmax softmax(__shfl_sync(ALL_LANES, softmax_scale * (LOG2_E * KEY_UNIT * SCORE_UNIT), lane));
     const __half2 spike_unit = __floats2half2_rn(t == 0 ? SPIKE_UNIT : 0.0f, 0.0f);
     const unsigned lane_offsets = shared_address(offsets + t * 4), lane_turns = shared_address(turns + (g * 4 + t) * 4);
     const unsigned lane_ranges = kept(own_ranges + g * 8);
     const unsigned last_stage = own_ring + (STAGES - 1) * STAGE_WORDS * 4;
     unsigned free_stage = last_stage;
     int left = length - first * PAGE_TOKENS;
-    // K after RoPE less offsets: each adds the same to all scores of its positions, so the only one is nothing to softmax.
+    // K after RoPE less offsets: each adds the same to all scores of its positions, so the first one is left out of all.
     const bool has_offsets = KEY_MODE == 0 && key_scale != nullptr;
     const int last_row = has_offsets ? offset_row(position, n_offset_rows) : 0;
-    int row = last_row ? -1 : 0;
+    int row = 0;
 
 #pragma unroll 1
     for (int page = 0; page < walk.n_pages; ++page, left -= N_WARPS * PAGE_TOKENS) {
@@ -249,35 +265,31 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
         if (KEY_MODE == 0 && row != min((first + page * N_WARPS) / OFFSET_PAGES, last_row)) {
             row = min((first + page * N_WARPS) / OFFSET_PAGES, last_row);
             float missing[HEAD_TILES][LANE_COLUMNS];
-            const float* offset = key_offset + (row * n_heads + head) * HEAD_DIM;
-            offset_scores(queries, offset, key_scale + head * HEAD_DIM, t, missing);
+            const float *first_offset = key_offset + head * HEAD_DIM, *offset = first_offset + row * n_heads * HEAD_DIM;
+            offset_scores(queries, offset, first_offset, key_scale + head * HEAD_DIM, t, 1.0f / SCORE_UNIT, missing);
             softmax.move(missing);
         }
         const bool odd = TOGETHER == 8 && slot % 2;  // one query: which of the lane's columns may be this page's
         int lane_left = TOGETHER == 1 || (2 * t + odd) / GROUP == slot ? left - g : 0;
         unsigned ranges = lane_ranges + page % 2 * RANGE_WORDS * 4, page_turn = lane_turns;
-        const int n_parts = min(PAGE_STEPS, (left + STEP_TOKENS - 1) / STEP_TOKENS);
+        int step_left = min(left, PAGE_TOKENS);
+        copy_wait<STAGES - 2>();
+        __syncwarp();  // the page's ranges were copied by other lanes
 #pragma unroll 1
-        for (int part = 0; part < n_parts; ++part) {
+        do {
             copy_wait<STAGES - 2>();
-            __syncwarp();
-            const int ahead = part + STAGES - 1;
-            walk.start_copy(page + ahead / PAGE_STEPS, ahead % PAGE_STEPS == 0, free_stage);
+            walk.start_copy(free_stage);
             free_stage = free_stage == last_stage ? own_ring : free_stage + STAGE_WORDS * 4;
             const unsigned stage = free_stage;  // it is the next one that will be
-            bool exists[2];
-            unsigned key_ranges[2] = {}, value_ranges[2] = {};
+            unsigned key_ranges[2] = {}, value_ranges[2] = {0x3c00u, 0x3c00u};
             Words words[2];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                exists[i] = lane_left > 8 * i;
-                if (BITS < 16) {  // K of an unused place may be anything: its score is replaced
+                if (BITS < 16) {
                     unsigned loaded[2];
                     read_shared<2>(ranges + 8 * i * 8, loaded);
                     key_ranges[i] = loaded[0];
-                    value_ranges[i] = exists[i] ? loaded[1] : 0u;
-                } else {
-                    value_ranges[i] = exists[i] ? 0x3c00u : 0u;
+                    value_ranges[i] = loaded[1];
                 }
                 load_chunk(stage + i * 32 * CHUNK_WORDS * 4, words[i]);
             }
@@ -324,25 +336,42 @@ kv_attention(const ELEMENT* __restrict__ query, const unsigned* __restrict__ pag
                 if (LANE_COLUMNS == 1 && odd) score = products[tile][n + 1] + others[tile][n + 1];
                 if (KEY_MODE == 0 && BITS < 16) {
                     const float2 range = __half22float2(as_half2(key_ranges[row]));
-                    score = score * (range.x * CODE_UNIT) + range.y * sums[tile][j];
+                    score = score * range.x + range.y * sums[tile][j];
                 }
-                scores[tile][row][j] = exists[row] ? score : minus_infinity();
+                scores[tile][row][j] = score;
             }
-            softmax.refer(scores);
+            const auto leave_out = [&]() {  // places that are not used may hold anything
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    if (lane_left > 8 * i) continue;
+                    value_ranges[i] = 0;
+#pragma unroll
+                    for (int j = 0; j < HEAD_TILES * LANE_COLUMNS; ++j) {
+                        scores[j / LANE_COLUMNS][i][j % LANE_COLUMNS] = minus_infinity();
+                    }
+                }
+            };
+            float powers[HEAD_TILES][2][LANE_COLUMNS];
+            if (TOGETHER > 1) leave_out();
+            if (softmax.weigh(scores, TOGETHER == 1 && step_left < STEP_TOKENS, powers)) {
+                if (TOGETHER == 1) leave_out();
+                softmax.refer(scores, powers);
+            }
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 load_chunk(stage + (2 + i) * 32 * CHUNK_WORDS * 4, words[i]);
-                const int tokens = left - part * STEP_TOKENS - 8 * i - 2 * t;  // V's tokens: 2 t and the next
+                const int tokens = step_left - 8 * i - 2 * t;  // V's tokens: 2 t and the next
                 if (BITS == 16 && tokens < 2) {  // weight 0 times what an unused place may hold is not 0
 #pragma unroll
                     for (int j = 0; j < CHUNK_WORDS; ++j) words[i][j] &= tokens < 1 ? 0u : 0x0000ffffu;
                 }
             }
-            softmax.add(scores, value_ranges, odd, words);
+            softmax.add(powers, value_ranges, odd, words);
             lane_left -= STEP_TOKENS;
+            step_left -= STEP_TOKENS;
             ranges += STEP_TOKENS * 8;
             page_turn += STEP_TOKENS * 64;
-        }
+        } while (step_left > 0);
     }
 
     // The warps' shares, then the splits', in a fixed order.

@@ -31,7 +31,7 @@ constexpr float CODE_UNIT = BITS < 16 ? 16777216.0f : 1.0f;
 __device__ __forceinline__ unsigned subnormal_codes(const Words& words, int slot) {
     const unsigned word = words[slot / SLOTS_PER_WORD];
     if (BITS == 16) return word;
-    if (BITS == 8) return (word >> (slot % 2 * 8)) & 0x00ff00ffu;
+    if (BITS == 8) return slot % 2 ? __byte_perm(word, 0, 0x4341) : word & 0x00ff00ffu;
     return (word >> (slot % 4 / 2 * 8)) & (slot % 2 ? 0x00f000f0u : 0x000f000fu);
 }
 
@@ -170,8 +170,8 @@ __device__ __forceinline__ void query_operand(const float* queries, const float2
     }
 }
 
-// Sum of a head's channels as `query_operand` rounded them, for the lane's heads 2 t and 2 t + 1 of each tile.
-__device__ __forceinline__ void query_sums(const unsigned (&operand)[HEAD_TILES][SLOTS], int t,
+// Sum of a head's channels as `query_operand` rounded them, times `unit`, for the lane's heads 2 t and 2 t + 1 of each tile.
+__device__ __forceinline__ void query_sums(const unsigned (&operand)[HEAD_TILES][SLOTS], int t, float unit,
                                            float (&sums)[HEAD_TILES][2]) {
 #pragma unroll
     for (int tile = 0; tile < HEAD_TILES; ++tile) {
@@ -184,20 +184,22 @@ __device__ __forceinline__ void query_sums(const unsigned (&operand)[HEAD_TILES]
         sum += __shfl_xor_sync(ALL_LANES, sum, 1);
         sum += __shfl_xor_sync(ALL_LANES, sum, 2);
 #pragma unroll
-        for (int j = 0; j < 2; ++j) sums[tile][j] = __shfl_sync(ALL_LANES, sum, (2 * t + j) * 4);
+        for (int j = 0; j < 2; ++j) sums[tile][j] = __shfl_sync(ALL_LANES, sum * unit, (2 * t + j) * 4);
     }
 }
 
-// What an offset o of K after RoPE adds to the scores of the lane's columns: q . o. The queries lie in shared memory as they
-// meet the codes, times the scales and under the Hadamard, so o goes over the scales and under it, too.
-__device__ __forceinline__ void offset_scores(const float* queries, const float* offset, const float* scale, int t,
+// What an offset o of K after RoPE adds to the scores of the lane's columns more than the offset p, times `unit`: q . (o - p). The
+// queries lie in shared memory as they meet the codes, times the scales and under the Hadamard, so o - p goes over the
+// scales and under it, too.
+__device__ __forceinline__ void offset_scores(const float* queries, const float* offset, const float* first_offset,
+                                              const float* scale, int t, float unit,
                                               float (&scores)[HEAD_TILES][LANE_COLUMNS]) {
     const int lane = threadIdx.x % 32;
     float x[LANE_PARTS];
 #pragma unroll
     for (int k = 0; k < LANE_PARTS; ++k) {
         const int channel = lane + 32 * k;
-        x[k] = channel < HEAD_DIM ? offset[channel] / scale[channel] : 0.0f;
+        x[k] = channel < HEAD_DIM ? (offset[channel] - first_offset[channel]) / scale[channel] : 0.0f;
     }
     if (KEY_HADAMARD) transform_lane_head(x);
 #pragma unroll
@@ -209,7 +211,7 @@ __device__ __forceinline__ void offset_scores(const float* queries, const float*
         for (int k = 0; k < LANE_PARTS; ++k) {
             if (lane + 32 * k < HEAD_DIM) sum += queries[head * QUERY_STRIDE + lane + 32 * k] * x[k];
         }
-        sum = sum_of_warp(sum);
+        sum = sum_of_warp(sum) * unit;
 #pragma unroll
         for (int i = 0; i < HEAD_TILES * LANE_COLUMNS; ++i) {
             const int tile = i / LANE_COLUMNS, j = i % LANE_COLUMNS;

@@ -25,17 +25,20 @@ __device__ __forceinline__ void read_shared(unsigned address, unsigned* words) {
     }
 }
 
-// Global to shared, WORDS words of 4 bytes, aligned to a power of two of them.
-template <int WORDS>
+// Global to shared, WORDS words of 4 bytes, aligned to a power of two of them, TO and FROM bytes behind the addresses.
+template <int WORDS, int TO, int FROM>
 __device__ __forceinline__ void copy_words_async(unsigned address, const unsigned* source) {
     if constexpr (WORDS == 4) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(source) : "memory");
+        asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16;" ::"r"(address), "l"(source), "n"(TO), "n"(FROM)
+                     : "memory");
     } else if constexpr (WORDS == 2) {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(address), "l"(source) : "memory");
+        asm volatile("cp.async.ca.shared.global [%0 + %2], [%1 + %3], 8;" ::"r"(address), "l"(source), "n"(TO), "n"(FROM)
+                     : "memory");
     } else {
 #pragma unroll
         for (int i = 0; i < WORDS; ++i) {
-            asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address + 4 * i), "l"(source + i)
+            asm volatile("cp.async.ca.shared.global [%0 + %2], [%1 + %3], 4;" ::"r"(address + 4 * i), "l"(source + i),
+                         "n"(TO), "n"(FROM)
                          : "memory");
         }
     }
@@ -53,6 +56,13 @@ __device__ __forceinline__ void mma_float16_sums(unsigned (&d)[2], const unsigne
 __device__ __forceinline__ unsigned transpose(unsigned items) {
     unsigned result;
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(items));
+    return result;
+}
+
+// Two halves, the largest one for what no half can hold.
+__device__ __forceinline__ unsigned saturated_halves(float low, float high) {
+    unsigned result;
+    asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
     return result;
 }
 

@@ -6,9 +6,9 @@
 constexpr int JOIN_STRIDE = STORED_DIM + 2;  // of a split's share: numerators, then the reference and the denominator
 // Of a warp's share in shared memory: the same, channel g * SLOTS + slot at 9 * slot + g, so that lanes meet on few banks.
 constexpr int SHARE_STRIDE = (SLOTS * 9 + 13) / 16 * 16 + 4;
-constexpr float REFERENCE_SLACK = 4.0f;  // a score may lie so many powers of two above the reference: weights up to 16
-constexpr float LARGEST_WEIGHT = 16.0f;
-constexpr float WEIGHT_UNIT = BITS < 16 ? 16.0f : 1.0f;  // keeps P * scale of V away from subnormal halves
+// Weights are 2^(score - reference + WEIGHT_LIFT): lifted, P * scale of V is no subnormal half.
+constexpr float WEIGHT_LIFT = BITS < 16 ? 4.0f : 0.0f;
+constexpr float LARGEST_POWER = WEIGHT_LIFT + 4.0f;  // of a weight, before a new reference is made
 
 __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
 
@@ -16,26 +16,34 @@ __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff80
 // infinity, and all columns of a query share one reference. GROUP 1: `odd` says which of a lane's two columns is looked at.
 struct Softmax {
     static constexpr int FIRST = GROUP == 1 ? 1 : TOGETHER > 1 ? GROUP / 2 : 4;  // lanes so far apart have the same query
-    float log_scale, slack, reference[HEAD_TILES][LANE_COLUMNS], shift[HEAD_TILES][LANE_COLUMNS];
-    float missing[HEAD_TILES][LANE_COLUMNS];  // of the scores that `refer` and `add` get, and of the reference
+    float log_scale, reference[HEAD_TILES][LANE_COLUMNS], shift[HEAD_TILES][LANE_COLUMNS];
+    float missing[HEAD_TILES][LANE_COLUMNS];  // of the scores that `weigh` gets, and of the reference
     float denominator[HEAD_TILES][LANE_COLUMNS], minima[HEAD_TILES][LANE_COLUMNS], numerators[HEAD_TILES][SLOTS / 2][4];
 
-    __device__ explicit Softmax(float scale)
-        : log_scale(scale), slack(REFERENCE_SLACK / scale), missing{}, denominator{}, minima{}, numerators{} {
+    __device__ explicit Softmax(float scale) : log_scale(scale), missing{}, denominator{}, minima{}, numerators{} {
 #pragma unroll
-        for (int i = 0; i < LANE_COLUMNS * HEAD_TILES; ++i) reference[i / LANE_COLUMNS][i % LANE_COLUMNS] = minus_infinity();
+        for (int i = 0; i < LANE_COLUMNS * HEAD_TILES; ++i) {
+            reference[i / LANE_COLUMNS][i % LANE_COLUMNS] = minus_infinity();
+            shift[i / LANE_COLUMNS][i % LANE_COLUMNS] = -minus_infinity();
+        }
     }
 
-    // A score far above the reference makes a new one, of the largest so far; else all stays as it is. Without the slack eight
-    // queries had a new one in more than half of the steps of 1024 tokens.
-    __device__ void refer(const float (&scores)[HEAD_TILES][2][LANE_COLUMNS]) {
-        bool exceeds = false;
+    // Weights' powers of two; whether any of the warp lies far above its reference, or `is_due` is true of one of its lanes.
+    __device__ bool weigh(const float (&scores)[HEAD_TILES][2][LANE_COLUMNS], bool is_due,
+                          float (&powers)[HEAD_TILES][2][LANE_COLUMNS]) const {
 #pragma unroll
         for (int i = 0; i < 2 * LANE_COLUMNS * HEAD_TILES; ++i) {
             const int tile = i / 2 / LANE_COLUMNS, j = i / 2 % LANE_COLUMNS;
-            exceeds |= scores[tile][i % 2][j] > reference[tile][j] + slack;
+            powers[tile][i % 2][j] = scores[tile][i % 2][j] * log_scale + shift[tile][j];
+            is_due |= powers[tile][i % 2][j] > LARGEST_POWER;
         }
-        if (!__any_sync(ALL_LANES, exceeds)) return;
+        return __any_sync(ALL_LANES, is_due);
+    }
+
+    // The reference becomes the largest score so far. Not at every larger one: that would be more than half of eight queries'
+    // steps of 1024 tokens.
+    __device__ void refer(const float (&scores)[HEAD_TILES][2][LANE_COLUMNS],
+                          float (&powers)[HEAD_TILES][2][LANE_COLUMNS]) {
 #pragma unroll
         for (int i = 0; i < LANE_COLUMNS * HEAD_TILES; ++i) {
             const int tile = i / LANE_COLUMNS, j = i % LANE_COLUMNS;
@@ -44,7 +52,7 @@ struct Softmax {
             for (int step = FIRST; step < 32; step *= 2) found = fmaxf(found, __shfl_xor_sync(ALL_LANES, found, step));
             const float factor = exp2_approximate((reference[tile][j] - found) * log_scale);
             reference[tile][j] = found;
-            shift[tile][j] = -found * log_scale;
+            shift[tile][j] = WEIGHT_LIFT - found * log_scale;
             denominator[tile][j] *= factor;
             minima[tile][j] *= factor;
 #pragma unroll
@@ -54,6 +62,8 @@ struct Softmax {
                     if (LANE_COLUMNS == 1 || n % 2 == j) numerators[tile][k][n] *= factor;
                 }
             }
+#pragma unroll
+            for (int row = 0; row < 2; ++row) powers[tile][row][j] = (scores[tile][row][j] - found) * log_scale + WEIGHT_LIFT;
         }
     }
 
@@ -64,20 +74,17 @@ struct Softmax {
             const int tile = i / LANE_COLUMNS, j = i % LANE_COLUMNS;
             reference[tile][j] += missing[tile][j] - short_of[tile][j];
             missing[tile][j] = short_of[tile][j];
-            shift[tile][j] = -reference[tile][j] * log_scale;
+            shift[tile][j] = WEIGHT_LIFT - reference[tile][j] * log_scale;
         }
     }
 
-    // Adds P V of 16 tokens; `ranges` are V's scale and minimum of the lane's tokens g and g + 8.
-    __device__ void add(const float (&scores)[HEAD_TILES][2][LANE_COLUMNS], const unsigned (&ranges)[2], bool odd,
+    // Adds P V of 16 tokens, P as powers of two; `ranges` are V's scale and minimum of the lane's tokens g and g + 8.
+    __device__ void add(const float (&powers)[HEAD_TILES][2][LANE_COLUMNS], const unsigned (&ranges)[2], bool odd,
                         const Words (&words)[2]) {
         unsigned weights[HEAD_TILES][2];
         float2 values[2];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            values[i] = __half22float2(as_half2(ranges[i]));
-            values[i].x = fminf(values[i].x * WEIGHT_UNIT, 65504.0f / LARGEST_WEIGHT);
-        }
+        for (int i = 0; i < 2; ++i) values[i] = __half22float2(as_half2(ranges[i]));
 #pragma unroll
         for (int tile = 0; tile < HEAD_TILES; ++tile) {
 #pragma unroll
@@ -85,12 +92,12 @@ struct Softmax {
                 float p[2] = {};
 #pragma unroll
                 for (int j = 0; j < LANE_COLUMNS; ++j) {
-                    p[j] = exp2_approximate(scores[tile][i][j] * log_scale + shift[tile][j]);
+                    p[j] = exp2_approximate(powers[tile][i][j]);
                     denominator[tile][j] += p[j];
                     minima[tile][j] += p[j] * values[i].y;
                     p[j] *= values[i].x;
                 }
-                unsigned pair = as_word(__floats2half2_rn(p[0], p[1]));
+                unsigned pair = saturated_halves(p[0], p[1]);
                 if (LANE_COLUMNS == 1 && TOGETHER > 1) pair <<= odd ? 16 : 0;
                 weights[tile][i] = transpose(pair);
             }
@@ -131,7 +138,7 @@ struct Softmax {
             float* row = share + head * SHARE_STRIDE;
 #pragma unroll
             for (int slot = 0; slot < SLOTS; ++slot) {
-                row[slot * 9 + g] = sums[slot] * (CODE_UNIT / WEIGHT_UNIT / slot_unit(slot)) + minima[tile][j];
+                row[slot * 9 + g] = sums[slot] * (CODE_UNIT / slot_unit(slot)) + minima[tile][j];
             }
             if (g == 0) row[SLOTS * 9] = (reference[tile][j] + missing[tile][j]) * log_scale, row[SLOTS * 9 + 1] = denominator[tile][j];
         }

@@ -16,7 +16,7 @@ import torch
 from atomq.config import KVScheme
 from atomq.errors import KernelError
 from atomq.eval.attention_peers import REFUSALS, Case, launches_of, normal, peers
-from atomq.eval.gemm_timing import Launch, n_copies, time_in_turns
+from atomq.eval.gemm_timing import RESTED_TURN, ROUNDS, Launch, n_copies, time_in_turns
 from atomq.kernels.kv_cache import decode_attention
 from atomq.kernels.kv_pages import HeadParameters, PageFormat
 from atomq.runtime.decoder import pages_for
@@ -50,7 +50,9 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**asdict(self), **self.case._asdict(), "floor_fraction": self.floor_us / self.us}
+        timed = {"rounds": ROUNDS, "turn": asdict(RESTED_TURN)}
+        fraction = self.floor_us / self.us
+        return {**asdict(self), **self.case._asdict(), "floor_fraction": fraction, "timed": timed}
 
 
 def layouts(n_heads: int, head_dim: int) -> dict[str, PageFormat]:
@@ -76,7 +78,7 @@ def bench(case: Case, bandwidth: float, on_left_out: Callable[[str], None]) -> I
             launches[f"{name}, float16"] = (launches_of(make, case, n_copies(moved)), moved)
         except REFUSALS as error:
             on_left_out(f"{name} is left out at {tuple(case)}: {' '.join(str(error).split())[:200]}")
-    timings = time_in_turns([launch for launch, _ in launches.values()])
+    timings = time_in_turns([launch for launch, _ in launches.values()], turn=RESTED_TURN)
     for (name, (_, moved)), timing in zip(launches.items(), timings, strict=True):
         floor = 1e6 * moved / bandwidth
         yield Result(name, case, timing.graph_us, timing.graph_p10_us, timing.graph_p90_us, moved, floor)
@@ -97,5 +99,7 @@ def _ours(case: Case, layout: PageFormat, scheme: KVScheme, copies: int) -> list
     for _ in range(copies):
         pages = normal(n_pages, case.n_heads, layout.page_bytes // 2).view(torch.uint8)
         table = torch.randperm(n_pages, device="cuda").int().reshape(case.batch, per_row)
-        made.append(functools.partial(decode_attention, query, pages, table, lengths, layout, heads))
+        made.append(
+            functools.partial(decode_attention, query, pages, table, lengths, layout, heads, is_settled=True)
+        )
     return made

@@ -4,6 +4,11 @@ A turn begins with untimed replays of the candidate itself, until the GPU runs a
 candidate's own power leaves. Turns of a few milliseconds would give all of them the clock of their average:
 float16 products, which draw the most, ran 25 % faster that way on an H100, and INT4 ones 15 % slower. What
 draws all the power there is takes longer to settle, and its clock then goes up and down: it has `LONG_TURN`.
+
+What draws less than that among candidates that draw all of it has `RESTED_TURN`: after cuDNN's attention an
+H200's clock was low for 100 ms, and a kernel that keeps to the highest clock by itself ran 13 % slower. Its
+graphs are sized by their own replays, and its samples follow each other without a pause: a graph that finds
+the GPU idle begins 50 us late, which is 10 % of twelve launches of 40 us.
 """
 
 from __future__ import annotations
@@ -32,13 +37,19 @@ _GRAPH_US, _GRAPH_LAUNCHES = 2000.0, 32  # a graph holds so much work or so many
 
 @dataclass(frozen=True)
 class Turn:
-    """Untimed replays for `warm_up_us`, then `samples` timed ones, each of about 2 ms."""
+    """Nothing for `rest_us`, untimed replays for `warm_up_us`, then `samples` timed ones, each of about 2 ms.
+
+    They are waited for one by one; or, `in_a_row`, queued behind each other.
+    """
 
     warm_up_us: float
     samples: int
+    rest_us: float = 0.0
+    in_a_row: bool = False
 
 
 SHORT_TURN, LONG_TURN = Turn(25e3, 4), Turn(60e3, 12)
+RESTED_TURN = Turn(60e3, 12, rest_us=150e3, in_a_row=True)
 
 
 @dataclass(frozen=True)
@@ -91,15 +102,19 @@ def time_in_turns(
 ) -> list[Timing]:
     """Time candidates that do the same work, each given as one launch for every copy of its operands."""
     with _watch() as timed:
-        batches = [_capture(launches, timed) for launches in candidates]
+        batches = [_capture(launches, timed, by_replays=turn.in_a_row) for launches in candidates]
         samples: list[list[float]] = [[] for _ in batches]
         for number in range(rounds):
             for i in turns(len(batches), number):
                 batch = batches[i]
+                time.sleep(1e-6 * turn.rest_us)
                 for _ in range(math.ceil(turn.warm_up_us / batch.replay_us)):
                     batch.many.replay()  # no pause lies between the last of them and the first sample
-                for _ in range(turn.samples):
-                    samples[i].append(timed(batch.many.replay) / batch.n_launches)
+                if turn.in_a_row:
+                    times = _times(batch.many.replay, turn.samples)
+                else:
+                    times = [timed(batch.many.replay) for _ in range(turn.samples)]
+                samples[i] += [us / batch.n_launches for us in times]
         flushed = torch.empty(int(CACHE_BYTES), dtype=torch.uint8, device="cuda")
         cold: list[list[float]] = [[] for _ in batches]
         for shift in range(_COLD_SAMPLES):
@@ -120,16 +135,10 @@ def time_sustained(launches: Sequence[Launch], seconds: float) -> list[tuple[flo
     """
     with _watch() as timed:
         batch = _capture(launches, timed)
-        n_samples = math.ceil(seconds * 1e6 / batch.replay_us)
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(n_samples + 1)]  # type: ignore[no-untyped-call]
         time.sleep(_IDLE_S)
-        for mark in marks[:-1]:
-            mark.record()
-            batch.many.replay()
-        marks[-1].record()
-        marks[-1].synchronize()
-    at = [marks[0].elapsed_time(mark) for mark in marks]
-    return [(after, (after - before) * 1e3 / batch.n_launches) for before, after in itertools.pairwise(at)]
+        times = _times(batch.many.replay, math.ceil(seconds * 1e6 / batch.replay_us))
+    ends = itertools.accumulate(times)
+    return [(1e-3 * end, us / batch.n_launches) for end, us in zip(ends, times, strict=True)]
 
 
 def turns(count: int, round_number: int) -> list[int]:
@@ -160,10 +169,25 @@ def _watch() -> Iterator[Watch]:
         yield timed
 
 
-def _capture(launches: Sequence[Launch], timed: Watch) -> _Batch:
+def _times(run: Launch, count: int) -> list[float]:
+    """Microseconds of each of `count` runs on the current stream, without a pause; waits for the last."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]  # type: ignore[no-untyped-call]
+    for mark in marks[:-1]:
+        mark.record()
+        run()
+    marks[-1].record()
+    marks[-1].synchronize()
+    return [1e3 * float(begin.elapsed_time(end)) for begin, end in itertools.pairwise(marks)]
+
+
+def _capture(launches: Sequence[Launch], timed: Watch, *, by_replays: bool = False) -> _Batch:
+    """Graphs sized by a launch from Python or, `by_replays`, by replays of one that holds every launch."""
     for launch in launches[:2]:  # kernels compile, libraries plan
         launch()
-    estimate = max(min(timed(launches[0]) for _ in range(2)), 1.0)
+    if by_replays:
+        estimate = max(min(_times(_graph(launches).replay, 4)) / len(launches), 1.0)
+    else:
+        estimate = max(min(timed(launches[0]) for _ in range(2)), 1.0)
     wanted = min(math.ceil(_GRAPH_US / estimate), _GRAPH_LAUNCHES)
     n_launches = math.ceil(wanted / len(launches)) * len(launches)
     many = _graph([launches[i % len(launches)] for i in range(n_launches)])

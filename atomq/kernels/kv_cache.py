@@ -140,6 +140,8 @@ def decode_attention(
     layout: PageFormat,
     heads: HeadParameters,
     n_splits: int | None = None,
+    *,
+    is_settled: bool = False,
 ) -> torch.Tensor:
     """Attention of the newest token of every sequence, which is in the cache already.
 
@@ -150,6 +152,9 @@ def decode_attention(
             may lie apart. Query heads are a multiple of the cache's, up to `layout.max_group` times.
         lengths: int32 [n_sequences], tokens in the cache; 0 for an empty slot, which gives 0.
         n_splits: parts that a sequence's pages are cut into; None to fill the GPU.
+        is_settled: promises that lengths, table and all tokens but each sequence's newest were written before
+            a kernel ahead on the stream that begins when all before it have ended, as any of torch's does.
+            Pages without a newest token are then asked for while kernels behind that one still run.
 
     Returns:
         [n_sequences, query heads, head_dim] in the query's dtype, contiguous, bit-equal from run to run.
@@ -179,12 +184,7 @@ def decode_attention(
     n_items = n_sequences * layout.n_heads
     defines = attention_defines(layout, query.dtype, group, heads.key_offset is not None)
     n_ctas = int(defines["MIN_CTAS"]) * device_limits(device).n_sms
-    n_warps, splits = choose_grid(n_items, table.shape[1], n_ctas)
-    if layout.key_mode:  # the turns of a page leave no room for twice the CTAs
-        n_warps = _WARPS
-    elif n_warps < _WARPS:
-        defines = attention_defines(layout, query.dtype, group, False, n_warps)
-    n_splits = n_splits or splits
+    n_splits = n_splits or choose_splits(n_items, table.shape[1], n_ctas)
     partials = counters = None
     if n_splits > 1:
         size = n_items * n_splits * group * (layout.stored_dim + 2)
@@ -210,6 +210,7 @@ def decode_attention(
         query.stride(0),
         table.shape[1],
         heads.n_offset_rows,
+        int(is_settled),
         heads.epsilon,
         heads.softmax_scale,
     )
@@ -217,25 +218,18 @@ def decode_attention(
     launch(
         kernel,
         grid,
-        (32 * n_warps,),
+        (32 * _WARPS,),
         arguments,
         device=device,
         shared_bytes=int(defines["SHARED_BYTES"]),
-        overlaps=n_warps == _WARPS,
+        overlaps=True,
     )
     return out
 
 
-def choose_grid(n_items: int, n_pages: int, n_ctas: int) -> tuple[int, int]:
-    """Warps of a CTA, and splits of a sequence, for `n_items` heads of sequences.
-
-    The GPU holds `n_ctas` CTAs of four warps at a time. CTAs of a wave begin and end together, so one
-    wave is better than two: CTAs of two warps are taken if only they fit, and sequences are split no further
-    than fits.
-    """
-    if n_items <= n_ctas:
-        return _WARPS, max(1, min(n_ctas // n_items, n_pages // _PAGES_OF_SPLIT, 64))
-    return (_WARPS // 2 if n_items <= 2 * n_ctas else _WARPS), 1
+def choose_splits(n_items: int, n_pages: int, n_ctas: int) -> int:
+    """Splits of each of `n_items` heads of sequences; the GPU holds `n_ctas` CTAs at a time."""
+    return max(1, min(n_ctas // n_items, n_pages // _PAGES_OF_SPLIT, 64))
 
 
 def append_defines(layout: PageFormat, dtype: torch.dtype) -> dict[str, int | str]:
@@ -252,7 +246,7 @@ def append_defines(layout: PageFormat, dtype: torch.dtype) -> dict[str, int | st
 
 
 def attention_defines(
-    layout: PageFormat, dtype: torch.dtype, group: int, has_offset: bool, n_warps: int = _WARPS
+    layout: PageFormat, dtype: torch.dtype, group: int, has_offset: bool
 ) -> dict[str, int | str]:
     """The parameters of `kv_attention.cu`; as many stages as a warp's share of shared memory holds."""
     mode, dim = layout.key_mode, layout.stored_dim
@@ -264,11 +258,11 @@ def attention_defines(
     if mode:
         fixed_words += 32 * dim + (dim // 2 if adds_offset else 0)
     if mode and dim > 128:  # the kernel's PARKS_OPERAND
-        fixed_words += n_warps * 32 * tiles * (dim // 8)
-    ring_bytes = _SHORT_RING_BYTES if mode or n_warps < _WARPS else _RING_BYTES
+        fixed_words += _WARPS * 32 * tiles * (dim // 8)
+    ring_bytes = _SHORT_RING_BYTES if mode else _RING_BYTES
     stages = max(2, min(_PAGE_STEPS + 1, ring_bytes // (4 * stage_words + range_words * 4 // _PAGE_STEPS)))
     share_words = (dim // 8 * 9 + 13) // 16 * 16 + 4  # the kernel's SHARE_STRIDE
-    ring_words = n_warps * max(stages * stage_words + 2 * range_words, group * share_words)
+    ring_words = _WARPS * max(stages * stage_words + 2 * range_words, group * share_words)
     is_large = dim * tiles > 128 or layout.n_bits == 16
     return {
         "ELEMENT": _ELEMENTS[dtype],
@@ -280,9 +274,9 @@ def attention_defines(
         "KEY_HADAMARD": int(layout.rotates_keys),
         "VALUE_HADAMARD": int(layout.rotates_values),
         "KEY_OFFSET": int(adds_offset),
-        "N_WARPS": n_warps,
+        "N_WARPS": _WARPS,
         "STAGES": stages,
-        "MIN_CTAS": (2 if is_large else 4 if mode == 0 or layout.n_bits == 4 else 3) * _WARPS // n_warps,
+        "MIN_CTAS": 2 if is_large else 4 if mode == 0 or layout.n_bits == 4 else 3,
         "SHARED_BYTES": 4 * (fixed_words + ring_words),
     }
 

@@ -49,8 +49,10 @@ def decode_attention(
     layout: PageFormat,
     heads: HeadParameters,
     n_splits: int | None = None,
+    *,
+    is_settled: bool = False,
 ) -> torch.Tensor:
-    """Twin of `atomq.kernels.kv_cache.decode_attention`; the number of splits changes nothing here."""
+    """Twin of `atomq.kernels.kv_cache.decode_attention`; the last two arguments change nothing here."""
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
     n_sequences, n_queries, head_dim = query.shape
     for i in range(n_sequences):

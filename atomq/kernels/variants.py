@@ -82,9 +82,7 @@ def all_variants() -> Iterator[tuple[str, str, Mapping[str, int | str]]]:
             for name in ("kv_append", "kv_read"):
                 yield name, arch, kv_cache.append_defines(layout, torch.float16)
             for group in (1, 8):
-                for n_warps in (4,) if layout.key_mode else (4, 2):
-                    defines = kv_cache.attention_defines(layout, torch.float16, group, False, n_warps)
-                    yield "kv_attention", arch, defines
+                yield "kv_attention", arch, kv_cache.attention_defines(layout, torch.float16, group, False)
         for engine in (Engine.MMA_INT8, *([Engine.MMA_INT4] if arch in NATIVE_INT4 else [])):
             for tokens in (16, 64):
                 yield (

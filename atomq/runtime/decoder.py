@@ -80,7 +80,10 @@ class Decoder:
             qkv, x = _enter(block.qkv, x, delta)
             query, keys, values = self._split(qkv)
             append_kv(keys, values, pages, cache.table, rows, positions, self.layout, block.heads)
-            attended = decode_attention(query, pages, cache.table, lengths, self.layout, block.heads)
+            # `lengths - 1` has begun after all that came before this step
+            attended = decode_attention(
+                query, pages, cache.table, lengths, self.layout, block.heads, is_settled=True
+            )
             gate_up, x = _enter(block.gate_up, x, block.o(attended.flatten(1)))
             delta = block.down(gate_up)
         return self.logits(x, delta)

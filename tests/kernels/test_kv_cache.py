@@ -15,7 +15,7 @@ from atomq.kernels.kv_cache import (
     append_defines,
     append_kv,
     attention_defines,
-    choose_grid,
+    choose_splits,
     decode_attention,
     read_kv,
 )
@@ -272,20 +272,19 @@ def test_attention_over_rows_of_offsets_is_that_of_a_naive_loop():
 
 
 @pytest.mark.parametrize(
-    ("n_items", "n_pages", "warps_and_splits"),
+    ("n_items", "n_pages", "n_splits"),
     [
-        (1, 1, (4, 1)),
-        (32, 16, (4, 8)),  # two pages each
-        (32, 128, (4, 16)),
-        (300, 128, (4, 1)),
-        (528, 128, (4, 1)),
-        (529, 128, (2, 1)),
-        (1056, 128, (2, 1)),
-        (1057, 128, (4, 1)),
+        (1, 1, 1),
+        (1, 1024, 64),  # a lane joins two of them
+        (32, 16, 8),  # two pages each
+        (32, 128, 16),
+        (264, 128, 2),
+        (265, 128, 1),
+        (1056, 128, 1),
     ],
 )
-def test_one_wave_of_ctas_is_better_than_two(n_items, n_pages, warps_and_splits):
-    assert choose_grid(n_items, n_pages, n_ctas=4 * 132) == warps_and_splits
+def test_splits_fill_the_gpu_once(n_items, n_pages, n_splits):
+    assert choose_splits(n_items, n_pages, n_ctas=4 * 132) == n_splits
 
 
 def test_operands_that_do_not_fit_are_refused():
@@ -349,10 +348,10 @@ def test_operands_that_do_not_fit_are_refused():
 def test_kernels_compile_and_spill_no_more_than_was_timed(arch, name):
     pytest.importorskip("cupy", reason="compiling a kernel needs CuPy and NVRTC")
     layout = LAYOUTS[name]
-    # query heads of a head, an offset of K, warps of a CTA
-    variants = [(1, False, 4), (4, layout.key_mode > 0, 4)]
-    if "common" in name:
-        variants = [(8, False, 4), (1, False, 2), (8, False, 2)]
+    variants = [
+        (1, False),
+        (8 if "common" in name else 4, layout.key_mode > 0),
+    ]  # query heads; an offset of K
     reports = [
         *(compile_for(n, arch, **append_defines(layout, torch.float16)) for n in ("kv_append", "kv_read")),
         *(
