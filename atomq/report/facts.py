@@ -143,10 +143,15 @@ def gather(folder: Path) -> Report:
     manifest, headers = read_manifest(folder), tensor_headers(folder)
     records, unreadable = read_records(folder)
     run = records.pop(RUN_RECORD, {})
+    if not _is_of_a_run(run):
+        unreadable.append(f"{REPORTS}/{RUN_RECORD}.json was left out: it is not what quantize writes")
+        run = {}
     order = {kind: i for i, kind in enumerate(name for group in family.groups for name in group.linears)}
     linears = _linears(headers, run, manifest, order)
     about = {name: manifest[name] for name in ("recipe", "source", "calibration", "versions")}
     about |= {name: manifest[name] for name in (CHOICE,) if name in manifest}
+    about |= {"notes": [*map(str, run.get("notes") or [])], "host": run.get("host")}
+    about |= {"scheme": config.get("scheme")}
     return Report(
         summary=_summary(scheme, headers, run, manifest),
         warnings=[*map(str, manifest["warnings"]), *unreadable],
@@ -155,8 +160,7 @@ def gather(folder: Path) -> Report:
         scales=_scale_histograms(folder, headers, scheme),
         starved=run.get("starved_experts") or {},
         records=records,
-        about=about
-        | {"notes": run.get("notes") or [], "host": run.get("host"), "scheme": config.get("scheme")},
+        about=about,
     )
 
 
@@ -176,6 +180,23 @@ def read_records(folder: Path) -> tuple[dict[str, Any], list[str]]:
         except (OSError, ValueError, RecursionError) as error:
             unreadable.append(f"{REPORTS}/{path.name} was left out: {error}")
     return records, unreadable
+
+
+def _is_of_a_run(record: Mapping[str, Any]) -> bool:
+    """Whether what a report takes from the record of quantize, as far as it is there, has the right form."""
+    host, linears, notes = record.get("host") or {}, record.get("linears") or [], record.get("notes") or []
+    if not (isinstance(host, dict) and isinstance(linears, list) and isinstance(notes, list)):
+        return False
+    if not all(isinstance(linear, dict) for linear in linears):
+        return False
+    figures = [record.get("linear_bytes"), host.get("peak_memory_bytes"), host.get("peak_gpu_bytes")]
+    for name in ("seconds", "effective_bits", "starved_experts"):
+        values = record.get(name) or {}
+        if not isinstance(values, dict):
+            return False
+        figures += values.values()
+    figures += [linear.get(name) for linear in linears for name in ("relative_error", "damp_frac", "n_dead")]
+    return all(figure is None or isinstance(figure, int | float) for figure in figures)
 
 
 def block_and_kind(name: str) -> tuple[int | None, str]:

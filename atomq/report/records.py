@@ -21,6 +21,8 @@ LADDER_FIGURES = {  # path in a row -> its column and how it is written
     "seconds": ("seconds", ".1f"),
     "quantize_seconds": ("seconds to quantize", ".1f"),
 }
+# What a record raises that is not of the form known by its name.
+_OTHER_FORM = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, StopIteration)
 LADDER_LABELS = ("name", "step", "recipe", "what", "variant", "preset")
 
 
@@ -49,7 +51,7 @@ def record_sections(records: Mapping[str, Any]) -> str:
         heading, show = _SHOWN[kind] if kind else (name, as_it_is)
         try:
             body = show(record)
-        except (KeyError, TypeError, ValueError, AttributeError):  # not of the form that is known by the name
+        except _OTHER_FORM:
             body = as_it_is(record)
         parts.append(f"<section><h2>{escape(heading)}</h2>{body}</section>")
     return "".join(parts)

@@ -158,6 +158,28 @@ def test_without_the_run_s_own_record_the_rest_stays(out):
     assert [linear.name for linear in after.linears] == [linear.name for linear in before.linears]
 
 
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        {"seconds": {"total": "x"}},
+        {"seconds": 3},
+        {"linears": 4},
+        {"linears": [3]},
+        {"linears": [{"name": "lm_head", "relative_error": "small"}]},
+        {"host": [1]},
+        {"host": {"peak_memory_bytes": "much"}},
+        {"notes": 5},
+        {"effective_bits": {"weight": []}},
+    ],
+)
+def test_a_run_s_record_of_another_form_is_named_and_left_out(out, spoilt):
+    path = out / "reports" / "quantize.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | spoilt))
+    report = write_report(out)
+    assert "reports/quantize.json was left out: it is not what quantize writes" in report.warnings
+    assert report.summary.seconds == {}
+
+
 def test_what_is_no_checkpoint_is_refused(tiny_dir, tmp_path):
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
         facts.gather(tmp_path / "nothing")

@@ -207,5 +207,6 @@ def test_starved_experts_are_listed():
 
 @pytest.mark.parametrize("name", ["eval-ppl", "eval-tasks", "ablation", "verify", "gemm"])
 def test_a_record_of_unexpected_form_is_shown_as_it_is(name):
-    page = StrictPage(report_page(made_up([], records={name: {"surprise": 7, "list": [1, 2]}})))
-    assert {"surprise", "7"} <= set(page.texts["td"])
+    for more in ({"list": [1, 2]}, {"list": [{"name": 3}]}, {"rows": [{"name": "a", "ppl": 0.0}]}):
+        page = StrictPage(report_page(made_up([], records={name: {"surprise": 7} | more})))
+        assert {"surprise", "7"} <= set(page.texts["td"])
