@@ -85,6 +85,32 @@ def few_token_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def tiles_table(record: dict[str, Any]) -> str:
+    """Microseconds by the tile of before, by the one that is chosen now, and by the fastest of all timed."""
+    lines = ["| N x K | scales | M | before | now | fastest timed |", "| --- " * 6 + "|"]
+    for cell in record["cells"]:
+        if (cell["tokens"] <= 64 and cell["before"]["tile"] == cell["now"]["tile"]) or cell["now"][
+            "us"
+        ] is None:
+            continue
+        scales = "progressive" if "progressive" in cell["mode"] else "exact"
+        fastest = min(cell["candidates"], key=lambda candidate: float(candidate["us"]))
+        shown = " | ".join(f"{x['us']:.1f} ({x['tile']})" for x in (cell["before"], cell["now"], fastest))
+        lines.append(f"| {cell['n']}x{cell['k']} | {scales} | {cell['tokens']} | {shown} |")
+    return "\n".join(lines)
+
+
+def tile_steps_table(record: dict[str, Any]) -> str:
+    """Whole decoding steps by what was changed, milliseconds."""
+    lines = ["| scheme | batch | what | ms a step | tenth percentile |", "| --- " * 5 + "|"]
+    lines += [
+        f"| {step['scheme']} | {step['batch']} | {step['what']} | {step['ms']:.2f} | {step['p10_ms']:.2f} |"
+        for step in record["steps"]
+        if step["run"] == 2
+    ]
+    return "\n".join(lines)
+
+
 def quantize_table(record: dict[str, Any]) -> str:
     """`quantize_act`; one line that says so where the record has none."""
     if not record.get("quantize"):

@@ -19,7 +19,15 @@ from benchmarks import clocks
 from benchmarks.e2e_goals import attention_goals, decode_goals, e2e_goals
 from benchmarks.e2e_tables import attention_table, decode_table, e2e_tables, trace_table, variants_table
 from benchmarks.gemm_goals import check_goals
-from benchmarks.gemm_tables import few_token_table, limits_table, quantize_table, table, tuning_table
+from benchmarks.gemm_tables import (
+    few_token_table,
+    limits_table,
+    quantize_table,
+    table,
+    tile_steps_table,
+    tiles_table,
+    tuning_table,
+)
 
 ROOT = Path(__file__).parent.parent
 PAGE, RESULTS = ROOT / "docs" / "kernels.md", ROOT / "benchmarks" / "results"
@@ -28,6 +36,8 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "goals": ("h100-gemm h200-gemm", check_goals),
     "limits": ("h200-gemm", limits_table),
     "few-tokens": ("h200-few-token-tiles", few_token_table),
+    "tiles": ("h200-gemm-tiles", tiles_table),
+    "tile-steps": ("h200-gemm-tiles", tile_steps_table),
     "clocks": ("h200-clocks", clocks.table),
     "quantize": ("h200-gemm", quantize_table),
     "tuning": ("h100-kernel-steps", tuning_table),

@@ -39,7 +39,7 @@ from atomq.numerics.grid import CodeGrid
 from atomq.runtime.random_decoder import random_balance
 
 TOOLS = ("memcheck", "racecheck")
-_TOKENS = (1, 9, 33, 70, 130, 180, 500)  # tiles of 8, 16, 64, 128, 160, 192 and 256 on large weights
+_TOKENS = (1, 9, 33, 70, 90, 130, 180, 500)  # tiles of 8, 16, 64, 80, 96, 160, 192, 256 on large weights
 _N_CHANNELS, _N_INPUTS, _N_OUTLIERS, _HEAD_DIM = 320, 1000, 70, 64
 _CACHE_HEAD_DIM = 128
 

@@ -19,12 +19,13 @@
 // Parameters: PROGRESSIVE 0/1 (weights), TOKEN_BASE 0/1 (progressive activations), GROUP_SIZE 64/128, SCALE_BYTES
 // (exact weights 2 or 4, progressive 1), OUT_DTYPE, HEAD_DIM (0: a matrix), HEAD_HADAMARD, TILE_TOKENS 8..256,
 // CHUNK_TOKENS (tokens per wgmma, 8..128), N_WARPGROUPS, ROW_BLOCKS 1/2, K_TEAMS 1/2, N_STAGES (of a team),
-// CONSUMER_REGISTERS (0: as compiled), CTAS_PER_SM (that fit), SHARED_BYTES (the launch's dynamic shared memory).
+// CONSUMER_REGISTERS (0: as compiled), MAX_REGISTERS (of a thread at launch; 0: as compiled), SHARED_BYTES (the launch's
+// dynamic shared memory).
 // Launch: 128 * (N_WARPGROUPS * K_TEAMS + 1) threads, one CTA for each multiprocessor at most.
 #if !defined(PROGRESSIVE) || !defined(TOKEN_BASE) || !defined(GROUP_SIZE) || !defined(SCALE_BYTES) ||   \
     !defined(OUT_DTYPE) || !defined(TILE_TOKENS) || !defined(CHUNK_TOKENS) || !defined(N_WARPGROUPS) || \
     !defined(ROW_BLOCKS) || !defined(K_TEAMS) || !defined(N_STAGES) || !defined(CONSUMER_REGISTERS) ||   \
-    !defined(CTAS_PER_SM) || !defined(SHARED_BYTES) || !defined(HEAD_DIM) || !defined(HEAD_HADAMARD)
+    !defined(MAX_REGISTERS) || !defined(SHARED_BYTES) || !defined(HEAD_DIM) || !defined(HEAD_HADAMARD)
 #error "sm90_w4a4_gemm.cu lacks one of its parameters"
 #endif
 
@@ -45,12 +46,14 @@ constexpr int STORE_AT = ALL_STAGES * STAGE_BYTES;
 constexpr int TEAM_SUMS_AT = STORE_AT + STORE_BYTES;
 constexpr int FULL_AT = TEAM_SUMS_AT + TEAM_SUM_BYTES;  // a barrier for each stage that says it is full
 constexpr int EMPTY_AT = FULL_AT + 8 * ALL_STAGES;      // and one that says it is empty
-constexpr int OUTLIER_LIMIT = ROW_BLOCKS > 1 ? 32 : 64;  // what the registers leave room for
-constexpr int OUTLIER_CHUNK = CHUNK_TOKENS < OUTLIER_LIMIT ? CHUNK_TOKENS : OUTLIER_LIMIT;
-// Two teams of tall tiles hide each other's promotion; others promote one buffer of sums while the next is filled.
-constexpr int SUM_BUFFERS = K_TEAMS == 2 && ROW_BLOCKS == 2 ? 1 : 2;
-constexpr bool READS_PAIRS =  // others would spill
-    TILE_TOKENS > 64 && GROUP_SIZE == 128 && (ROW_BLOCKS == 1 || SUM_BUFFERS == 1);
+// Three tall warpgroups hide each other's promotion; others promote one buffer of sums while the next is filled.
+constexpr bool THREE_TALL = N_WARPGROUPS == 3 && TILE_TOKENS > 96;
+constexpr int SUM_BUFFERS = THREE_TALL ? 1 : 2;
+constexpr int OUTLIER_LIMIT = ROW_BLOCKS > 1 || THREE_TALL ? 32 : 80;  // what the registers leave room for
+constexpr int OUTLIER_CHUNK = CHUNK_TOKENS <= OUTLIER_LIMIT       ? CHUNK_TOKENS
+                              : CHUNK_TOKENS / 2 <= OUTLIER_LIMIT ? CHUNK_TOKENS / 2
+                                                                  : CHUNK_TOKENS / 4;
+constexpr bool READS_PAIRS = TILE_TOKENS > 64 && GROUP_SIZE == 128 && ROW_BLOCKS == 1;  // others would spill
 constexpr float UNIT = PROGRESSIVE ? 1.0f : EXACT_UNIT;
 
 static_assert(PROGRESSIVE ? SCALE_BYTES == 1 : SCALE_BYTES == 2 || SCALE_BYTES == 4, "bytes of a group scale");
@@ -317,7 +320,13 @@ __device__ __forceinline__ void run_progressive(Consumer &self, int begin, int e
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM)
+#if MAX_REGISTERS
+#define BOUNDS __maxnreg__(MAX_REGISTERS)
+#else
+#define BOUNDS __launch_bounds__(THREADS, 1)
+#endif
+
+extern "C" __global__ void BOUNDS
     sm90_w4a4_gemm(const unsigned char *__restrict__ weights, const float *__restrict__ channel_scales,
                    const signed char *__restrict__ codes, const float *__restrict__ token_scales,
 #if HEAD_DIM

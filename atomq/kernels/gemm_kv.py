@@ -11,7 +11,15 @@ import dataclasses
 import torch
 
 from atomq.errors import KernelError
-from atomq.kernels.gemm import Engine, check_operands, default_engine, run_sm90, tile_for, w4a4_gemm
+from atomq.kernels.gemm import (
+    Engine,
+    Tile,
+    check_operands,
+    default_engine,
+    run_sm90,
+    tile_for,
+    w4a4_gemm,
+)
 from atomq.kernels.kv import quantize_kv
 from atomq.kernels.layout import PackedHeads
 from atomq.kernels.repack import PackedActivations, PackedWeight
@@ -29,7 +37,9 @@ def w4a4_gemm_kv(
     hadamard: bool = False,
     dtype: torch.dtype = torch.float16,
 ) -> PackedHeads:
-    """`quantize_kv` of the heads of `w4a4_gemm`, bit for bit, in one kernel where Hopper has one.
+    """`quantize_kv` of the heads of `w4a4_gemm`, in one kernel where Hopper has one.
+
+    The bits are those of the two kernels with the tile of `heads_tile`.
 
     Args:
         activations, weight: as `w4a4_gemm` takes them; the weight's N outputs are heads of `head_dim`.
@@ -52,9 +62,15 @@ def w4a4_gemm_kv(
         return quantize_kv(heads, clip_ratio=clip_ratio, hadamard=hadamard)
     codes = torch.empty((n_tokens, n_heads, head_dim // 2), dtype=torch.uint8, device=device)
     ranges = torch.empty((n_tokens, n_heads, 2), dtype=torch.float16, device=device)
-    tile = tile_for(activations, weight, dtype)  # a head of 128 channels takes two panels side by side
-    if tile.panels != 2 or tile.row_blocks != 1:
-        tile = dataclasses.replace(tile, n_warpgroups=2, row_blocks=1, k_teams=1, ctas_per_sm=1)
+    tile = heads_tile(tile_for(activations, weight, dtype))
     outputs = (codes, ranges, clip_ratio)
     run_sm90(activations, weight, dtype, tile, outputs, HEAD_DIM=head_dim, HEAD_HADAMARD=int(hadamard))
     return PackedHeads(codes, ranges, head_dim)
+
+
+def heads_tile(tile: Tile) -> Tile:
+    """The Hopper kernel's tile for whole heads: one of 128 channels takes two panels side by side."""
+    if tile.panels == 2 and tile.row_blocks == 1:
+        return tile
+    registers = 232 if tile.tokens > 64 else 0
+    return dataclasses.replace(tile, n_warpgroups=2, row_blocks=1, k_teams=1, consumer_registers=registers)

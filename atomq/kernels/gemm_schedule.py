@@ -34,7 +34,7 @@ def schedule(
     n_token_tiles = -(-n_tokens // tile.tokens)
     n_tiles = n_token_tiles * -(-weight.records.shape[0] // tile.panels)
     n_ctas = _n_multiprocessors(device.index or 0)
-    stream = split_tiles(n_tiles, weight.records.shape[1], n_ctas, tile.tokens)
+    stream = split_tiles(n_tiles, weight.records.shape[1], n_ctas, tile.join_slots)
     partials = counters = None
     if stream.n_tiles:
         size = 2 * n_ctas * tile.panels * PANEL_ROWS * tile.tokens

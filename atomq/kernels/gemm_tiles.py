@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import enum
+import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,9 +15,13 @@ OUT_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _STORE_PITCH = PANEL_ROWS * 2 + 16
 MANY_RECORDS = 16384  # of 64 channels x 128 inputs: 28672 x 8192 has 29120
 FEW_RECORDS = 5000  # 4096 x 4096 has 2112
-LARGE_TILES = (160, 192, 256)  # tokens; what is stored at a time, 32 of them, divides each
-FEW_PANELS = 132  # of an H100 an SM each; 8192 channels are 128
-MAX_COUNTERS = 16384  # tiles that may be split; a launch with more tiles splits only the last waves of them
+LARGE_TILES = (160, 192, 256)  # tokens
+N_SMS = 132  # of an H100 and an H200, for which tiles are chosen
+MAX_COUNTERS = 1024  # no fewer than two waves of tiles, the most that are split
+_NEIGHBOUR_BYTES, _NEIGHBOUR_REGISTERS = (
+    48 * 1024,
+    80,
+)  # shared memory left, registers of a thread of five warpgroups
 
 
 class Engine(enum.Enum):
@@ -31,8 +36,9 @@ class Engine(enum.Enum):
 class Tile:
     """One instantiation of the Hopper kernel: 64 * n_warpgroups * row_blocks channels x tokens.
 
-    `k_teams` sets of `n_warpgroups` warpgroups take slots of K in turns; `ctas_per_sm` CTAs fit on an SM, so
-    that one launch begins while another ends. `mma_sync`: W4A16 by `sm90_w4a16_gemm.cu`, not by wgmma.
+    `k_teams` sets of `n_warpgroups` warpgroups take slots of K in turns. `mma_sync`: W4A16 by
+    `sm90_w4a16_gemm.cu`, not by wgmma.
+    `has_neighbour`: it leaves room on its SM for a CTA of the kernel that quantizes, before it or after it.
     """
 
     tokens: int
@@ -41,18 +47,47 @@ class Tile:
     row_blocks: int
     consumer_registers: int
     k_teams: int = 1
-    ctas_per_sm: int = 1
     mma_sync: bool = False
+    has_neighbour: bool = False
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a CTA; the system takes 1 KiB for itself."""
-        return (228 // self.ctas_per_sm - 1) * 1024
+        return 227 * 1024 - self.has_neighbour * _NEIGHBOUR_BYTES
+
+    @property
+    def max_registers(self) -> int:
+        """Of a thread, so that a neighbour's fit beside; 0: no bound is needed."""
+        return _NEIGHBOUR_REGISTERS if self.has_neighbour and self.n_warpgroups * self.k_teams == 4 else 0
+
+    @property
+    def join_slots(self) -> int:
+        """Slots that take as long as joining tiles whose slots were dealt out evenly; measured."""
+        return 4 if self.mma_sync else 13 if self.k_teams == 2 else 9
 
     @property
     def panels(self) -> int:
         """Panels of 64 channels in a tile."""
         return self.n_warpgroups * self.row_blocks
+
+
+_SLOT_US = {
+    Tile(80, 80, 1, 1, 232, 2): 0.245,
+    Tile(80, 80, 2, 1, 232): 0.5,
+    Tile(80, 80, 3, 1, 152): 0.69,
+    Tile(96, 48, 1, 1, 232, 2): 0.295,
+    Tile(96, 96, 2, 1, 232): 0.582,
+    Tile(96, 96, 3, 1, 152): 0.785,
+    Tile(128, 128, 1, 1, 232, 2): 0.36,
+    Tile(128, 64, 2, 1, 232): 0.68,
+    Tile(128, 64, 3, 1, 152): 0.945,
+    Tile(160, 80, 1, 1, 232, 2): 0.424,
+    Tile(160, 80, 2, 1, 232): 0.79,
+    Tile(192, 96, 1, 1, 232, 2): 0.47,
+    Tile(192, 96, 2, 1, 232): 0.89,
+    Tile(256, 64, 2, 1, 232): 1.18,
+}
+"""Tiles for 65 to 512 tokens, and microseconds of a slot with exact scales in groups of 128 on an H200."""
 
 
 def choose_tile(
@@ -74,39 +109,55 @@ def choose_tile(
     token_base = progressive if token_base is None else token_base
     promotes_once = progressive and token_base
     n_records = n_panels * n_slots
+    is_plain = group_size == 128 and out_dtype != torch.float32  # others would spill
     if n_tokens <= 64:
         # Two teams hide the time from a stage's arrival to its promotion. One panel for each CTA where that
         # makes no more tiles than there are SMs; two of long rows, and sooner where a team waits for every
-        # slot's sums, as with progressive scales. Two CTAs share an SM where launches are very short: on
-        # larger weights the second disturbs the first.
+        # slot's sums, as with progressive scales.
         tokens = max(8, 1 << (n_tokens - 1).bit_length())
         spills = tokens == 64 and group_size == 64 and not promotes_once  # two teams of two panels
-        few_panels = FEW_PANELS // 2 if promotes_once else FEW_PANELS
+        few_panels = N_SMS // 2 if promotes_once else N_SMS
         if n_panels <= few_panels and (spills or n_records < MANY_RECORDS):
-            ctas_per_sm = 2 if tokens <= 16 and n_records < FEW_RECORDS else 1
-            return Tile(tokens, tokens, 1, 1, consumer_registers=0, k_teams=2, ctas_per_sm=ctas_per_sm)
-        if spills:
-            return Tile(tokens, tokens, 2, 1, consumer_registers=0)
-        return Tile(tokens, tokens, 2, 1, consumer_registers=104 if tokens == 64 else 0, k_teams=2)
+            tile = Tile(tokens, tokens, 1, 1, consumer_registers=0, k_teams=2)
+        elif spills:
+            tile = Tile(tokens, tokens, 2, 1, consumer_registers=0)
+        else:
+            tile = Tile(tokens, tokens, 2, 1, consumer_registers=104 if tokens == 64 else 0, k_teams=2)
+        return replace(tile, has_neighbour=is_plain and tokens <= 32)
+    is_exact = not progressive and not token_base
+    chooses_alike = promotes_once and 128 < n_tokens <= 192 and n_records < MANY_RECORDS
+    if is_plain and ((is_exact and n_tokens <= 512) or chooses_alike):
+        return _fastest_tile(n_tokens, n_panels, n_slots)
     chunk = 32 if group_size == 64 and not token_base else 64
     if promotes_once:
         chunk = 128
     if n_tokens <= 128:
         # Two panels for each warpgroup make fewer tiles: whole ones, where there are enough for the machine.
-        # With exact scales two teams of one warpgroup hide each other's promotion.
-        fits = group_size == 128 and (token_base or not progressive) and out_dtype != torch.float32
-        row_blocks = 2 if fits and n_records >= MANY_RECORDS else 1
-        if row_blocks == 2 and not token_base:
-            return Tile(128, chunk, n_warpgroups=1, row_blocks=2, consumer_registers=232, k_teams=2)
+        row_blocks = 2 if is_plain and token_base and n_records >= MANY_RECORDS else 1
         return Tile(128, chunk, n_warpgroups=2, row_blocks=row_blocks, consumer_registers=232)
     n_tiles = -(-n_tokens // 256)
     if n_records * n_tiles < FEW_RECORDS:
         tokens = 128
     elif n_tiles <= 2 and group_size == 128:  # a slot costs by its tokens; groups of 64 would spill
         tokens = next(size for size in LARGE_TILES if n_tiles * size >= n_tokens)
+        chunk = 80 if tokens == 160 else math.gcd(chunk, tokens)
     else:
         tokens = LARGE_TILES[-1]
-    return Tile(tokens, math.gcd(chunk, tokens), n_warpgroups=2, row_blocks=1, consumer_registers=232)
+    return Tile(tokens, chunk, n_warpgroups=2, row_blocks=1, consumer_registers=232)
+
+
+@functools.cache
+def _fastest_tile(n_tokens: int, n_panels: int, n_slots: int) -> Tile:
+    """Of `_SLOT_US`, by the slots of the CTA that has most and what joining takes.
+
+    Within 5 % of the measured best, nearly everywhere (docs/kernels.md).
+    """
+
+    def microseconds(tile: Tile) -> float:
+        n_tiles = -(-n_tokens // tile.tokens) * -(-n_panels // tile.panels)
+        return _SLOT_US[tile] * split_tiles(n_tiles, n_slots, N_SMS, tile.join_slots).cost
+
+    return min(_SLOT_US, key=microseconds)
 
 
 def choose_w4a16_tile(n_tokens: int, n_records: int = MANY_RECORDS) -> Tile:
@@ -152,7 +203,7 @@ def sm90_defines(
         "ROW_BLOCKS": tile.row_blocks,
         "K_TEAMS": tile.k_teams,
         "CONSUMER_REGISTERS": tile.consumer_registers,
-        "CTAS_PER_SM": tile.ctas_per_sm,
+        "MAX_REGISTERS": tile.max_registers,
         "N_STAGES": min(24, (tile.shared_bytes - fixed) // (stage + 16) // tile.k_teams),
         "SHARED_BYTES": tile.shared_bytes,
     }
@@ -210,34 +261,34 @@ def sm80_defines(
 
 @dataclass(frozen=True)
 class Stream:
-    """The tiles that are split: `slots_per_cta` slots to each CTA, of `slots_per_tile` for every tile."""
+    """The tiles that are split: `slots_per_cta` slots to each CTA, of `slots_per_tile` for every tile.
+
+    `cost`: slots of the CTA that has most, with those that joining takes.
+    """
 
     n_tiles: int
     slots_per_tile: int
     slots_per_cta: int
+    cost: int
 
 
-def split_tiles(n_tiles: int, n_slots: int, n_ctas: int, tile_tokens: int) -> Stream:
+def split_tiles(n_tiles: int, n_slots: int, n_ctas: int, join_slots: int) -> Stream:
     """Which tiles to split, and how; the rest go out whole, one after the other.
 
-    Splitting costs a round trip of float32 partial sums. So whole waves stay whole and a last wave that is
-    nearly full does too; where tiles are few, each is cut into the same number of pieces, one for each CTA,
-    unless dealing out all slots evenly (with up to two pieces for each CTA) takes a tenth less time.
+    Splitting costs a round trip of float32 partial sums, so what costs least is taken: all tiles whole; those
+    beyond whole waves in pieces, as many of each as there are CTAs for; or their slots and those of a wave
+    before dealt out evenly, which leaves each CTA up to two pieces to join (`join_slots`, of the tile).
     """
-    decodes = tile_tokens <= 64
-    if decodes and n_tiles <= MAX_COUNTERS:
-        n_stream = n_tiles
-    else:
-        rest = n_tiles % n_ctas
-        n_waves = -(-n_tiles // n_ctas)
-        if n_waves * n_ctas <= 1.05 * n_tiles:
-            return Stream(0, n_slots, n_slots)
-        n_stream = rest if n_tiles < n_ctas else rest + n_ctas
-    even = -(-n_stream * n_slots // n_ctas)
-    if n_stream <= n_ctas:
-        n_pieces = n_ctas // n_stream
-        piece = -(-n_slots // n_pieces)
-        second_piece = 2 if decodes else 8  # slots that its store and its joining cost, about
-        if piece <= 1.1 * even + second_piece:
-            return Stream(n_stream, n_pieces * piece, piece)
-    return Stream(n_stream, n_slots, even)
+    rest, n_whole = n_tiles % n_ctas, n_tiles // n_ctas
+    if not rest:
+        return Stream(0, n_slots, n_slots, n_whole * n_slots)
+    n_pieces = n_ctas // rest
+    piece = -(-n_slots // n_pieces)
+    n_even = rest + (n_ctas if n_whole else 0)
+    even = -(-n_even * n_slots // n_ctas)
+    options = [
+        Stream(0, n_slots, n_slots, (n_whole + 1) * n_slots),
+        Stream(rest, n_pieces * piece, piece, n_whole * n_slots + piece + join_slots // 2 + n_pieces),
+        Stream(n_even, n_slots, even, max(n_whole - 1, 0) * n_slots + even + join_slots),
+    ]
+    return min(options, key=lambda stream: stream.cost)

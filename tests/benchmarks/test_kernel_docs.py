@@ -6,7 +6,13 @@ import json
 
 import pytest
 
-from benchmarks.gemm_tables import few_token_table, limits_table, tuning_table
+from benchmarks.gemm_tables import (
+    few_token_table,
+    limits_table,
+    tile_steps_table,
+    tiles_table,
+    tuning_table,
+)
 from benchmarks.kernel_docs import PAGE, RESULTS, TABLES, fill
 
 
@@ -63,3 +69,26 @@ def test_the_tile_that_was_chosen_stands_out():
     cell = {"n": 8192, "k": 28672, "mode": "w4a4-progressive", "tokens": 16, "variants": variants}
     row = few_token_table({"cells": [cell]}).splitlines()[2]
     assert row == "| 8192x28672 | progressive | 16 | **44.0** |  | 33.5 |  |  |"
+
+
+def test_a_tile_is_shown_beside_the_one_before_and_the_fastest():
+    cell = {
+        "n": 4096,
+        "k": 4096,
+        "tokens": 147,
+        "mode": "w4a4",
+        "before": {"tile": "128/64 2x1", "us": 18.02},
+        "now": {"tile": "80/80 1x1x2", "us": 10.9},
+        "candidates": [{"tile": "96/48 1x1x2", "us": 11.8}, {"tile": "80/80 1x1x2", "us": 10.8}],
+    }
+    unknown = cell | {"now": {"tile": "80/80 1x1x2", "us": None}}
+    kept = cell | {"tokens": 64, "now": cell["before"]}
+    rows = tiles_table({"cells": [unknown, cell, kept]}).splitlines()[2:]
+    shown = "18.0 (128/64 2x1) | 10.9 (80/80 1x1x2) | 10.8 (80/80 1x1x2)"
+    assert rows == [f"| 4096x4096 | exact | 147 | {shown} |"]
+
+
+def test_steps_of_the_second_run_are_shown():
+    step = {"scheme": "w4a4", "batch": 32, "what": "now", "ms": 3.631, "p10_ms": 3.523, "run": 2}
+    rows = tile_steps_table({"steps": [step | {"run": 1}, step]}).splitlines()[2:]
+    assert rows == ["| w4a4 | 32 | now | 3.63 | 3.52 |"]

@@ -15,6 +15,7 @@ from sass import disassemble, stages_are_given_back_behind_a_fence
 from atomq.errors import KernelError
 from atomq.kernels import gemm, gemm_reference, repack
 from atomq.kernels.gemm import Engine, Tile, w4a4_gemm
+from atomq.kernels.gemm_tiles import MAX_COUNTERS, split_tiles
 from atomq.kernels.loader import ARCHITECTURES, compile_for
 from atomq.kernels.repack import pack_activations, repack_weight
 
@@ -36,17 +37,27 @@ TILES = [
     Tile(64, 64, 2, 2, 232),
     Tile(128, 64, 2, 1, 232),
     Tile(128, 64, 2, 2, 232),
-    Tile(128, 32, 3, 1, 152),
-    Tile(160, 32, 2, 1, 232),
+    Tile(80, 80, 2, 1, 232),
+    Tile(80, 80, 3, 1, 152),
+    Tile(96, 96, 2, 1, 232),
+    Tile(96, 96, 3, 1, 152),
+    Tile(128, 64, 3, 1, 152),
+    Tile(160, 80, 2, 1, 232),
     Tile(192, 64, 2, 1, 232),
+    Tile(192, 96, 2, 1, 232),
     Tile(256, 64, 2, 1, 232),
     Tile(256, 32, 2, 1, 232),
-    Tile(8, 8, 1, 1, 0, 2, 2),
-    Tile(16, 16, 1, 1, 0, 2),
+    Tile(8, 8, 1, 1, 0, 2),
+    Tile(16, 16, 1, 1, 0, 2, has_neighbour=True),
     Tile(16, 16, 2, 1, 0, 2),
     Tile(32, 32, 1, 1, 0, 2),
+    Tile(32, 32, 2, 1, 0, 2, has_neighbour=True),
     Tile(64, 64, 2, 1, 104, 2),
-    Tile(128, 64, 1, 2, 232, 2),
+    Tile(80, 80, 1, 1, 232, 2),
+    Tile(96, 48, 1, 1, 232, 2),
+    Tile(128, 128, 1, 1, 232, 2),
+    Tile(160, 80, 1, 1, 232, 2),
+    Tile(192, 96, 1, 1, 232, 2),
 ]
 
 
@@ -113,55 +124,110 @@ def test_the_front_refuses_a_cpu_weight():
         w4a4_gemm(activations, repack_weight(weight))
 
 
-def test_128_tokens_of_a_large_weight_go_by_its_panels():
-    assert gemm.choose_tile(128, 128, False, n_panels=448, n_slots=65).k_teams == 2
-    assert gemm.choose_tile(128, 128, False, n_panels=128, n_slots=225).k_teams == 2
-    assert gemm.choose_tile(128, 128, False, n_panels=64, n_slots=33).row_blocks == 1
-
-
 @pytest.mark.parametrize(
-    ("shape", "progressive", "cut"),
-    [  # panels and slots of a weight -> warpgroups, CTAs of an SM
-        ((448, 65), False, (2, 1)),  # 28672 x 8192
-        ((128, 225), False, (2, 1)),  # 8192 x 28672
-        ((128, 65), False, (1, 1)),  # 8192 x 8192
-        ((128, 65), True, (2, 1)),
-        ((64, 87), False, (1, 1)),  # 4096 x 11008
-        ((64, 87), True, (1, 1)),
-        ((64, 33), False, (1, 2)),  # 4096 x 4096
+    ("shape", "progressive", "n_warpgroups"),
+    [  # panels and slots of a weight
+        ((448, 65), False, 2),  # 28672 x 8192
+        ((128, 225), False, 2),  # 8192 x 28672
+        ((128, 65), False, 1),  # 8192 x 8192
+        ((128, 65), True, 2),
+        ((64, 87), False, 1),  # 4096 x 11008
+        ((64, 87), True, 1),
+        ((64, 33), False, 1),  # 4096 x 4096
     ],
 )
-def test_few_tokens_go_by_panels_and_records(shape, progressive, cut):
-    for n_tokens in (1, 16):
+def test_few_tokens_go_by_panels_and_records(shape, progressive, n_warpgroups):
+    for n_tokens in (1, 16, 32):
         tile = gemm.choose_tile(n_tokens, 128, progressive, n_panels=shape[0], n_slots=shape[1])
-        assert (tile.n_warpgroups, tile.ctas_per_sm, tile.k_teams, tile.row_blocks) == (*cut, 2, 1)
+        assert (tile.n_warpgroups, tile.k_teams, tile.row_blocks) == (n_warpgroups, 2, 1)
+        threads = 128 * (tile.n_warpgroups * tile.k_teams + 1)
+        assert tile.shared_bytes + 1024 <= 180 * 1024  # a CTA that quantizes fits beside it:
+        if threads == 640:
+            assert tile.max_registers * threads + 256 * 56 <= 65536
+    assert not gemm.choose_tile(16, 64, progressive).has_neighbour  # these would spill
+    assert not gemm.choose_tile(16, 128, progressive, out_dtype=torch.float32).has_neighbour
 
 
 @pytest.mark.parametrize(
-    ("n_tokens", "tokens", "chunk"),
-    [
-        (129, 160, 32),
-        (160, 160, 32),
-        (161, 192, 64),
-        (193, 256, 64),
-        (300, 160, 32),
-        (384, 192, 64),
-        (385, 256, 64),
-        (513, 256, 64),
-        (4096, 256, 64),
+    ("n_tokens", "shape", "cut"),
+    [  # of Llama-2-7B and Llama-3: tokens, warpgroups and teams of the fastest tile, or of one within 3 %
+        (147, (192, 33), (80, 3, 1)),
+        (147, (64, 33), (80, 1, 2)),
+        (147, (344, 33), (160, 2, 1)),
+        (147, (64, 88), (80, 1, 2)),
+        (147, (896, 65), (160, 2, 1)),
+        (192, (192, 33), (96, 3, 1)),
+        (192, (64, 33), (96, 1, 2)),
+        (192, (128, 65), (192, 1, 2)),
+        (128, (344, 33), (128, 3, 1)),
+        (128, (64, 88), (128, 1, 2)),
+        (80, (344, 33), (80, 3, 1)),
+        (80, (64, 33), (80, 1, 2)),
+        (96, (344, 33), (96, 3, 1)),
+        (96, (64, 88), (96, 1, 2)),
+        (1000, (64, 33), (256, 2, 1)),
+        (4096, (448, 65), (256, 2, 1)),
     ],
 )
-def test_a_tile_is_no_larger_than_the_tokens_need(n_tokens, tokens, chunk):
-    tile = gemm.choose_tile(n_tokens, 128, False)
-    assert (tile.tokens, tile.chunk_tokens) == (tokens, chunk)
-    progressive = gemm.choose_tile(n_tokens, 128, True)
-    assert progressive.tokens == tokens
-    assert tokens % progressive.chunk_tokens == 0
+def test_tokens_with_exact_scales_go_by_slots_and_joining(n_tokens, shape, cut):
+    tile = gemm.choose_tile(n_tokens, 128, False, n_panels=shape[0], n_slots=shape[1])
+    assert (tile.tokens, tile.n_warpgroups, tile.k_teams) == cut
 
 
-def test_small_weights_and_groups_of_64_keep_their_tiles():
-    assert gemm.choose_tile(147, 128, False, n_panels=64, n_slots=33).tokens == 128  # 4096 x 4096
-    assert gemm.choose_tile(147, 64, False).tokens == 256  # the others spill
+@pytest.mark.parametrize(
+    ("n_tokens", "tokens"),
+    [
+        (128, 128),
+        (129, 160),
+        (160, 160),
+        (161, 192),
+        (193, 256),
+        (300, 160),
+        (384, 192),
+        (385, 256),
+        (513, 256),
+    ],
+)
+def test_a_progressive_tile_is_no_larger_than_the_tokens_need(n_tokens, tokens):
+    for base in (False, True):
+        tile = gemm.choose_tile(n_tokens, 128, True, token_base=base)
+        assert (tile.tokens, tile.tokens % tile.chunk_tokens) == (tokens, 0)
+    assert gemm.choose_tile(n_tokens, 64, True).tokens == (128 if n_tokens == 128 else 256)  # others spill
+    small = gemm.choose_tile(147, 128, True, n_panels=64, n_slots=33)  # 4096 x 4096
+    assert small == gemm.choose_tile(147, 128, False, n_panels=64, n_slots=33)
+
+
+def slots_of_ctas(stream, n_tiles, n_slots, n_ctas):
+    """Tile and slots that each CTA goes through, as `Schedule` of gemm_stream.cuh does."""
+    work = []
+    n_stream_slots = stream.n_tiles * stream.slots_per_tile
+    for cta in range(n_ctas):
+        first = min(cta * stream.slots_per_cta, n_stream_slots)
+        pieces = []
+        for slot in range(first, min(first + stream.slots_per_cta, n_stream_slots)):
+            tile, place = divmod(slot, stream.slots_per_tile)
+            if place < n_slots:
+                pieces.append((tile, place))
+        whole = range(stream.n_tiles + cta, n_tiles, n_ctas)
+        work.append(pieces + [(tile, place) for tile in whole for place in range(n_slots)])
+    return work
+
+
+@pytest.mark.parametrize("n_slots", [1, 6, 33, 65])
+@pytest.mark.parametrize("n_tiles", [1, 9, 64, 96, 131, 132, 133, 172, 224, 264, 448])
+def test_every_slot_is_dealt_out_once_and_a_cta_joins_two_pieces_at_most(n_tiles, n_slots):
+    n_ctas = 132
+    for join_slots in (9, 13):
+        stream = split_tiles(n_tiles, n_slots, n_ctas, join_slots)
+        work = slots_of_ctas(stream, n_tiles, n_slots, n_ctas)
+        dealt = sorted(itertools.chain.from_iterable(work))
+        assert dealt == [(tile, slot) for tile in range(n_tiles) for slot in range(n_slots)]
+        busiest = max(map(len, work))
+        assert busiest <= stream.cost <= -(-n_tiles // n_ctas) * n_slots
+        assert stream.n_tiles <= MAX_COUNTERS
+        for slots in work:
+            tiles = {tile for tile, _ in slots}
+            assert sum(sum(tile == own for own, _ in slots) < n_slots for tile in tiles) <= 2
 
 
 @pytest.mark.slow
@@ -180,8 +246,8 @@ def test_hopper_templates_compile_to_wgmma_without_spills(group_size, scale_byte
                 n_panels=n_panels,
                 out_dtype=out_dtype,
             )
-            for n_tokens in (8, 16, 32, 64, 128, 160, 192, 1000)
-            for n_panels in (1, 128, 448)
+            for n_tokens in (8, 16, 32, 64, 80, 96, 128, 147, 192, 1000)
+            for n_panels in (64, 192, 344, 448)
         }
         for tile in tiles:
             defines = gemm.sm90_defines(tile, group_size, scale_bytes, token_base, out_dtype)

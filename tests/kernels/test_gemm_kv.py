@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from gemm_operands import make_inputs, make_weight, move, pack_inputs, plain_product
 
 from atomq.errors import KernelError
 from atomq.kernels import gemm_reference, gemm_tiles
-from atomq.kernels.gemm import w4a4_gemm
-from atomq.kernels.gemm_kv import FUSED_HEAD_DIMS, w4a4_gemm_kv
+from atomq.kernels.gemm import tile_for, w4a4_gemm
+from atomq.kernels.gemm_kv import FUSED_HEAD_DIMS, heads_tile, w4a4_gemm_kv
 from atomq.kernels.kv import quantize_kv
 from atomq.kernels.loader import compile_for
 from atomq.kernels.repack import repack_weight
@@ -36,9 +34,15 @@ def test_the_twin_codes_each_head_of_the_product():
 @pytest.mark.parametrize("head_dim", FUSED_HEAD_DIMS)
 def test_the_epilogue_compiles_without_spills(head_dim):
     pytest.importorskip("cupy", reason="compiles with NVRTC through CuPy")
-    for n_tokens, progressive in ((1, False), (64, True), (128, False), (1000, True)):
-        tile = gemm_tiles.choose_tile(n_tokens, 128, progressive, n_panels=1)
-        tile = dataclasses.replace(tile, n_warpgroups=2, row_blocks=1, k_teams=1)
+    for n_tokens, progressive in (
+        (1, False),
+        (64, True),
+        (96, False),
+        (147, False),
+        (192, False),
+        (1000, True),
+    ):
+        tile = heads_tile(gemm_tiles.choose_tile(n_tokens, 128, progressive, n_panels=64, n_slots=33))
         defines = gemm_tiles.sm90_defines(tile, 128, 1 if progressive else 2, progressive, torch.bfloat16)
         defines |= {"HEAD_DIM": head_dim, "HEAD_HADAMARD": 1}
         assert compile_for("sm90_w4a4_gemm", "sm_90a", **defines).spill_bytes == 0, n_tokens
@@ -61,7 +65,10 @@ def test_one_kernel_gives_the_bits_of_two(n_tokens, head_dim, hadamard):
         activations = move(pack_inputs(make_inputs(n_tokens, weight), weight), "cuda")
         packed = repack_weight(weight)
         options = {"clip_ratio": 0.95, "hadamard": hadamard}
-        heads = w4a4_gemm(activations, packed, dtype).view(n_tokens, n_heads, head_dim)
+        tile = heads_tile(tile_for(activations, packed, dtype))
+        heads = w4a4_gemm(
+            activations, packed, dtype, tile=tile if head_dim in FUSED_HEAD_DIMS else None
+        ).view(n_tokens, n_heads, head_dim)
         expected = quantize_kv(heads, **options)
         result = w4a4_gemm_kv(activations, packed, head_dim, dtype=dtype, **options)
         assert torch.equal(result.codes, expected.codes)
