@@ -1326,6 +1326,11 @@ def test_the_command_that_quantize_names_next_works_as_it_stands(run, tiny_dir, 
     assert run(*shlex.split(told), "--data", text_file, "--seq-len", 64, "--max-windows", 1)[0] == 0
 
 
+def test_a_path_that_safetensors_cannot_open_is_refused(refused, tiny_dir, tmp_path, text_file):
+    out = Path(os.fsdecode(os.fsencode(tmp_path) + b"/O\xff"))
+    refused("O\\xff is a path that is not UTF-8", *quantize_argv(tiny_dir, out, text_file))
+
+
 def test_verify_shows_as_many_linears_as_asked_for(run, refused, made):
     refused("--worst -1 must be at least 0", "verify", made, "--worst", -1, "--no-record")
     assert "relative error" in run("verify", made, "--worst", 1, "--no-record")[1]

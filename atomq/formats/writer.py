@@ -232,9 +232,17 @@ def check_place(out: Path, *, overwrite: bool) -> None:
     """Refuse a place where no checkpoint can be written, before any work; nothing is written here.
 
     Raises:
-        ConfigError: `out` exists and `overwrite` is not set, or it holds something other than a checkpoint.
+        ConfigError: `out` exists and `overwrite` is not set, or it holds something other than a checkpoint,
+            or its path is not UTF-8.
         StorageError: a file is where `out` needs a folder.
     """
+    try:
+        str(out.absolute()).encode()
+    except UnicodeEncodeError as error:
+        shown = os.fsencode(out).decode(errors="backslashreplace")
+        raise ConfigError(
+            f"{shown} is a path that is not UTF-8, which safetensors cannot open; name another folder"
+        ) from error
     if not out.exists():
         place = next(place for place in out.absolute().parents if place.exists())
         if not place.is_dir():
