@@ -1,7 +1,7 @@
 """A checkpoint on the kernels' decode path against its simulation: greedy tokens, perplexity, speed.
 
-python -m benchmarks.decode CHECKPOINT --prompts FILE --text FILE [--profile] --save RECORD.json
-python -m benchmarks.decode CHECKPOINT --text FILE --save RECORD.json
+python -m benchmarks.decode CHECKPOINT --prompts FILE --data FILE [--profile] --save RECORD.json
+python -m benchmarks.decode CHECKPOINT --data FILE --save RECORD.json
 
 Greedy tokens are compared without a second generation: the simulation reads prompt and made tokens at once,
 and its most likely token after each prefix must be the one that was made. By induction that is equality of
@@ -23,18 +23,24 @@ from torch.nn import functional
 
 from atomq import checkpoints, hf
 from atomq.eval.e2e_profile import profile_step
+from atomq.eval.windows import evaluation_windows
 from atomq.runtime.decoder import Cache, Decoder
 from atomq.runtime.generate import Sampling, generate, simulate
 from atomq.runtime.loading import decoder_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
+N_NUDGED = 16  # of the simulation's own roundings that a first difference is held against
 
 
 @torch.inference_mode()
 def compare_greedy(
     model: Any, decoder: Decoder, prompts: list[list[int]], n_tokens: int
 ) -> list[dict[str, Any]]:
-    """For each prompt: how many of `n_tokens` are the simulation's, and the gaps where they first differ."""
+    """For each prompt: how many of `n_tokens` are the simulation's, and the gaps where they first differ.
+
+    A gap is how far the logit of a path's own token lies above that of the other path's: in the simulation,
+    in the kernels, and for the simulation's token in the simulation nudged N_NUDGED times (`nudged_logits`).
+    """
     rows: list[dict[str, Any]] = []
     for prompt, made in zip(prompts, generate(decoder, prompts, Sampling(n_tokens)), strict=True):
         ids = torch.tensor([prompt + made[:-1]], device=decoder.device)
@@ -47,10 +53,12 @@ def compare_greedy(
             own = decoder.prefill([prefix], [0], Cache(decoder, 1, len(prefix)))[0].float()
             theirs, ours = best[n_equal], made[n_equal]
             pairs = logits.topk(2).values
+            nudged = nudged_logits(model, prefix, N_NUDGED)[:, -1].float()
             row |= {
                 "simulation_gap": float(logits[n_equal, theirs] - logits[n_equal, ours]),
                 "kernels_gap": float(own[ours] - own[theirs]),
                 "usual_gap": float((pairs[:, 0] - pairs[:, 1]).median()),
+                "nudged_gaps": (nudged[:, theirs] - nudged[:, ours]).tolist(),
                 "largest_difference": float((own - logits[n_equal]).abs().max()),
             }
         rows.append(row)
@@ -74,7 +82,7 @@ def compare_noise(model: Any, decoder: Decoder, texts: list[list[int]]) -> dict[
         others = {
             "kernels": decoder.prefill([ids], [0], Cache(decoder, 1, len(text)), after_every_token=True),
             "simulation": model(longer[None]).logits[0, : len(text)],
-            "nudged": nudged_logits(model, ids),
+            "nudged": nudged_logits(model, ids)[0],
         }
         for name, other in others.items():
             differs = (other.argmax(-1) != logits.argmax(-1)).tolist()
@@ -89,9 +97,9 @@ def compare_noise(model: Any, decoder: Decoder, texts: list[list[int]]) -> dict[
     }
 
 
-def nudged_logits(model: Any, ids: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """[tokens, vocabulary] of a float32 `model` whose embeddings of `ids` are all off by a unit in the last
-    place, up or down at random.
+def nudged_logits(model: Any, ids: torch.Tensor, n: int = 1, seed: int = 0) -> torch.Tensor:
+    """[n, tokens, vocabulary] of a float32 `model`, n times, its embeddings of `ids` all off by a unit in the
+    last place, up or down at random.
     """
     source = torch.Generator().manual_seed(seed)
 
@@ -102,7 +110,7 @@ def nudged_logits(model: Any, ids: torch.Tensor, seed: int = 0) -> torch.Tensor:
 
     hook = model.get_input_embeddings().register_forward_hook(nudge)
     try:
-        logits: torch.Tensor = model(ids[None]).logits[0]
+        logits: torch.Tensor = model(ids.expand(n, -1)).logits
     finally:
         hook.remove()
     return logits
@@ -153,20 +161,22 @@ def simulation_tokens_per_s(model: Any, prompt: list[int], n_tokens: int) -> flo
 def run(
     folder: Path,
     prompts: list[str],
-    text: str,
+    data: str,
     n_tokens: int,
     n_windows: int,
     seq_len: int,
     *,
     profiles: bool = False,
 ) -> dict[str, Any]:
-    """The record; `profiles` adds the shares of a step, on CUDA alone."""
+    """The record, with perplexities of `eval-ppl`'s windows of `data`.
+
+    `profiles` adds the shares of a step, on CUDA alone.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = hf.load(folder, device=device, dtype="float32")
     tokenizer = checkpoints.load_checkpoint_tokenizer(folder)
     ids = [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
-    tokens = torch.tensor(tokenizer(text)["input_ids"], device=device)
-    windows = list(tokens[: n_windows * seq_len].split(seq_len))[:n_windows]
+    windows = list(evaluation_windows(tokenizer, data, seq_len, n_windows).token_ids.to(device))
     record: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name() if device == "cuda" else "none: the twins, on a CPU",
         "torch": torch.__version__,
@@ -199,10 +209,11 @@ def run(
     return record
 
 
-def run_noise(folder: Path, text: str, n_texts: int, n_tokens: int) -> dict[str, Any]:
-    """The record of `compare_noise` alone, on pieces of a text."""
+def run_noise(folder: Path, data: str, n_texts: int, n_tokens: int) -> dict[str, Any]:
+    """The record of `compare_noise` alone, on pieces of the file `data`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = hf.load(folder, device=device, dtype="float32")
+    text = Path(data).read_text(encoding="utf-8")
     tokens = checkpoints.load_checkpoint_tokenizer(folder)(text)["input_ids"]
     stride = len(tokens) // n_texts
     texts = [tokens[i * stride : i * stride + n_tokens] for i in range(n_texts)]
@@ -219,20 +230,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--prompts", type=Path, help="one on each line; without, only the noise is measured")
-    parser.add_argument("--text", type=Path, required=True, help="for perplexity")
+    parser.add_argument("--data", required=True, help="a text for perplexity, as of eval-ppl")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--profile", action="store_true", help="where a step's time goes; needs CUDA")
     parser.add_argument("--save", type=Path, required=True)
     given = parser.parse_args()
-    text = given.text.read_text(encoding="utf-8")
     if given.prompts is None:
-        record = run_noise(given.checkpoint, text, given.windows, given.tokens)
+        record = run_noise(given.checkpoint, given.data, given.windows, given.tokens)
     else:
         prompts = [line for line in given.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
         sizes = (given.tokens, given.windows, given.seq_len)
-        record = run(given.checkpoint, prompts, text, *sizes, profiles=given.profile)
+        record = run(given.checkpoint, prompts, given.data, *sizes, profiles=given.profile)
     given.save.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

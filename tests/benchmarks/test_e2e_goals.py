@@ -71,11 +71,16 @@ def test_throughput_is_held_against_the_floors_and_invalid_baselines_meet_no_goa
     }
 
 
-def test_perplexity_may_lie_on_either_side():
+def test_perplexity_may_lie_on_either_side_and_texts_may_part_at_near_ties():
+    equal, tie, decided = (
+        {},
+        {"simulation_gap": 0.2, "nudged_gaps": [0.4, -0.1]},
+        {"simulation_gap": 0.2, "nudged_gaps": [0.4, 0.1]},
+    )
     record = {
         "ppl": {"simulation": 25.0, "float32": 24.95, "float16": 25.1},
-        "greedy": {"float32": [], "float16": []},
+        "greedy": {"float32": [equal, tie], "float16": [tie, decided, equal]},
     }
-    found = cells(decode_goals(record))
-    assert [row[0] for row in found.values()] == ["0.20 %", "0.40 %"]
-    assert [row[-1] for row in found.values()] == ["goal", "missed"]
+    found = list(cells(decode_goals(record)).values())
+    assert [row[0] for row in found] == ["0.20 %", "2 of 2", "0.40 %", "2 of 3"]
+    assert [row[-1] for row in found] == ["goal", "goal", "missed", "missed"]
