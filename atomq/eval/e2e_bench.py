@@ -20,7 +20,7 @@ import torch
 
 from atomq.errors import ConfigError, KernelError
 from atomq.eval.e2e_profile import profile_step
-from atomq.eval.gemm_timing import Launch, time_in_turns
+from atomq.eval.gemm_timing import RESTED_TURN, Launch, time_in_turns
 from atomq.kernels.kv_pages import PAGE_TOKENS
 from atomq.runtime.decoder import Cache, Decoder, Prompts, pages_for
 from atomq.runtime.random_decoder import DecoderShape
@@ -172,23 +172,26 @@ def measure_steps(
     *,
     profile: bool = False,
 ) -> Iterator[Step]:
-    """Time one step of each scheme at its batch, in turns; schemes whose batch is 0 are left out.
+    """Time one step of each scheme at its batch, in turns from rest; schemes whose batch is 0 are left out.
 
     `memory` holds the pages of one scheme after the other; its bytes are finite float16 values, so they are
     sane codes and ranges in any layout.
     """
     names = [name for name in decoders if batches.get(name)]
-    launches: list[Launch] = []
-    for name in names:
-        decoder, batch = decoders[name], batches[name]
-        launches += [_step(decoder, batch, context, memory), _head(decoder, batch)]
-    timings = time_in_turns([[launch] for launch in launches])
-    traced = [profile_step(launch) for launch in launches] if profile else [{}] * len(launches)
-    for index, name in enumerate(names):
+    steps = [_step(decoders[name], batches[name], context, memory) for name in names]
+    heads = [_head(decoders[name], batches[name]) for name in names]
+    timings = zip(
+        time_in_turns([[launch] for launch in steps], turn=RESTED_TURN),
+        time_in_turns([[launch] for launch in heads]),
+        strict=True,
+    )
+    shares = [
+        [profile_step(launch) if profile else {} for launch in pair]
+        for pair in zip(steps, heads, strict=True)
+    ]
+    for name, (step, head), (step_shares, head_shares) in zip(names, timings, shares, strict=True):
         decoder, batch = decoders[name], batches[name]
         prints, scaling = footprint(decoder, shape), shape.n_layers / len(decoder.blocks)
-        step, head = timings[2 * index : 2 * index + 2]
-        step_shares, head_shares = traced[2 * index : 2 * index + 2]
 
         def whole(us: float, head_us: float = head.graph_us, scaling: float = scaling) -> float:
             return head_us + (us - head_us) * scaling

@@ -85,6 +85,7 @@ def describe_method() -> dict[str, object]:
         "rounds": ROUNDS,
         "turn": asdict(SHORT_TURN),
         "long_turn": asdict(LONG_TURN),
+        "rested_turn": asdict(RESTED_TURN),
         "cold_samples": _COLD_SAMPLES,
         "rotated_bytes": CACHE_BYTES,
         "order": "candidates take turns in every round, every second round backwards; "
