@@ -39,6 +39,7 @@ from atomq.numerics.grid import CodeGrid
 from atomq.runtime.random_decoder import random_balance
 
 TOOLS = ("memcheck", "racecheck")
+_MAX_FINDINGS = 600  # lines; a report has up to twenty
 _TOKENS = (1, 9, 33, 70, 90, 130, 180, 500)  # tiles of 8, 16, 64, 80, 96, 160, 192, 256 on large weights
 _N_CHANNELS, _N_INPUTS, _N_OUTLIERS, _HEAD_DIM = 320, 1000, 70, 64
 _CACHE_HEAD_DIM = 128
@@ -164,7 +165,9 @@ def sanitize(tool: str) -> dict[str, Any]:
         "exit_code": run.returncode,
         "summary": summary[-1].lstrip("= ") if summary else (run.stderr or run.stdout)[-2000:],
         "launched": [line for line in lines if not line.startswith("=")],
-        "findings": [line for line in lines if line.startswith("=")][:60] if run.returncode else [],
+        "findings": [line for line in lines if line.startswith("=")][:_MAX_FINDINGS]
+        if run.returncode
+        else [],
         "seconds": round(time.monotonic() - begin, 1),
     }
 
