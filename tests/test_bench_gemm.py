@@ -20,8 +20,9 @@ from atomq.eval.gemm_candidates import Work
 from atomq.eval.gemm_peers import HummingPeer
 from atomq.eval.gemm_timing import LONG_TURN, SHORT_TURN, Timing, n_copies, time_sustained, turns
 from atomq.formats.gemm_plot import draw_speedups
+from atomq.kernels.gemm_tiles import SLOT_US, sm90_defines
 from atomq.kernels.loader import ARCHITECTURES
-from atomq.kernels.variants import Variant
+from atomq.kernels.variants import Variant, all_variants
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 
@@ -60,6 +61,13 @@ def test_compiled_variants_are_shown_by_kernel_and_architecture(monkeypatch, cap
     assert main(["bench-gemm", "--compile-only"]) == 0
     shown = [re.findall(r"[\w-]+", line) for line in capsys.readouterr().out.splitlines() if "rows" in line]
     assert shown == [["rows", "sm_80", "2", "40-56", "32", "0-8"], ["rows", "sm_120", "1", "48", "1032", "0"]]
+
+
+def test_every_tile_of_the_table_is_among_the_variants():
+    built = [defines for name, _, defines in all_variants() if name == "sm90_w4a4_gemm"]
+    for tile in SLOT_US:
+        assert sm90_defines(tile, 128, 2, False, torch.float16) in built
+    assert len(built) == len({tuple(defines.items()) for defines in built})
 
 
 @pytest.mark.slow

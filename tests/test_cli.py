@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from pathlib import Path
@@ -1221,6 +1222,15 @@ def test_ctrl_c_ends_every_command_with_130(refused, made, text_file, monkeypatc
     monkeypatch.setattr(atomq.checkpoints, "describe", interrupt)
     more = {"eval-ppl": ["--data", text_file], "generate": ["mix"], "inspect": []}[command]
     refused("interrupted", command, made, *more, code=130)
+
+
+def test_a_command_runs_in_any_thread(made):
+    """Python gives signals to the main one alone."""
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(main(["inspect", str(made)])))
+    thread.start()
+    thread.join()
+    assert codes == [0]
 
 
 # A shell that starts jobs in the background has them ignore Ctrl-C.

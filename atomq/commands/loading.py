@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Iterator
 
 from atomq.errors import Interrupted
@@ -16,7 +17,8 @@ def loading() -> Iterator[None]:
 
     An exception in the midst of torch's own imports may be lost, become another one, or abort the process.
     """
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # it is ignored, or someone else's
+    is_main = threading.current_thread() is threading.main_thread()  # no other one may set a handler
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # not ours to change
         yield
         return
     signal.signal(signal.SIGINT, _end)

@@ -71,6 +71,7 @@ def w4a4_gemm_kv(
 def heads_tile(tile: Tile) -> Tile:
     """The Hopper kernel's tile for whole heads: one of 128 channels takes two panels side by side."""
     if tile.panels == 2 and tile.row_blocks == 1:
-        return tile
+        would_spill = tile.max_registers > 0
+        return dataclasses.replace(tile, has_neighbour=False) if would_spill else tile
     registers = 232 if tile.tokens > 64 else 0
     return dataclasses.replace(tile, n_warpgroups=2, row_blocks=1, k_teams=1, consumer_registers=registers)

@@ -18,10 +18,8 @@ FEW_RECORDS = 5000  # 4096 x 4096 has 2112
 LARGE_TILES = (160, 192, 256)  # tokens
 N_SMS = 132  # of an H100 and an H200, for which tiles are chosen
 MAX_COUNTERS = 1024  # no fewer than two waves of tiles, the most that are split
-_NEIGHBOUR_BYTES, _NEIGHBOUR_REGISTERS = (
-    48 * 1024,
-    80,
-)  # shared memory left, registers of a thread of five warpgroups
+_NEIGHBOUR_BYTES = 48 * 1024  # shared memory left for a neighbour
+_NEIGHBOUR_REGISTERS = 80  # of a thread of five warpgroups beside a neighbour
 
 
 class Engine(enum.Enum):
@@ -71,7 +69,7 @@ class Tile:
         return self.n_warpgroups * self.row_blocks
 
 
-_SLOT_US = {
+SLOT_US = {
     Tile(80, 80, 1, 1, 232, 2): 0.245,
     Tile(80, 80, 2, 1, 232): 0.5,
     Tile(80, 80, 3, 1, 152): 0.69,
@@ -148,16 +146,16 @@ def choose_tile(
 
 @functools.cache
 def _fastest_tile(n_tokens: int, n_panels: int, n_slots: int) -> Tile:
-    """Of `_SLOT_US`, by the slots of the CTA that has most and what joining takes.
+    """Of `SLOT_US`, by the slots of the CTA that has most and what joining takes.
 
     Within 5 % of the measured best, nearly everywhere (docs/kernels.md).
     """
 
     def microseconds(tile: Tile) -> float:
         n_tiles = -(-n_tokens // tile.tokens) * -(-n_panels // tile.panels)
-        return _SLOT_US[tile] * split_tiles(n_tiles, n_slots, N_SMS, tile.join_slots).cost
+        return SLOT_US[tile] * split_tiles(n_tiles, n_slots, N_SMS, tile.join_slots).cost
 
-    return min(_SLOT_US, key=microseconds)
+    return min(SLOT_US, key=microseconds)
 
 
 def choose_w4a16_tile(n_tokens: int, n_records: int = MANY_RECORDS) -> Tile:

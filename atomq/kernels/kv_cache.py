@@ -153,7 +153,8 @@ def decode_attention(
         lengths: int32 [n_sequences], tokens in the cache; 0 for an empty slot, which gives 0.
         n_splits: parts that a sequence's pages are cut into; None to fill the GPU.
         is_settled: promises that lengths, table and all tokens but each sequence's newest were written before
-            a kernel ahead on the stream that begins when all before it have ended, as any of torch's does.
+            a kernel ahead on the stream that begins when all before it have ended, as torch's elementwise
+            ones do.
             Pages without a newest token are then asked for while kernels behind that one still run.
 
     Returns:

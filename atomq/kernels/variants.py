@@ -21,6 +21,7 @@ from atomq.progress import OnProgress
 HOPPER = "sm_90a"
 NATIVE_INT4 = ("sm_80", "sm_86", "sm_89")  # from sm_90 on INT4 mma is emulated, and never built
 SHOWN_TOKENS = (1, 16, 64, 128, 256, 4096)
+SHOWN_PANELS = (64, 448)  # of 64 channels: a small weight and a large one
 _PAGES = (  # before RoPE, with the Hadamard, after RoPE; the baselines in 8 and 16 bits
     PageFormat(8, 128),
     PageFormat(8, 128, 4, "before_rope", "hadamard", "hadamard"),
@@ -92,15 +93,24 @@ def all_variants() -> Iterator[tuple[str, str, Mapping[str, int | str]]]:
                 )
     for scale_bytes in (2, 1):
         progressive = scale_bytes == 1
-        for tile in dict.fromkeys(gemm_tiles.choose_tile(n, 128, progressive) for n in SHOWN_TOKENS):
+        tiles = {
+            gemm_tiles.choose_tile(n_tokens, 128, progressive, n_panels=n_panels): None
+            for n_tokens in SHOWN_TOKENS
+            for n_panels in SHOWN_PANELS
+        }
+        for tile in tiles if progressive else tiles | dict.fromkeys(gemm_tiles.SLOT_US):
             yield (
                 "sm90_w4a4_gemm",
                 HOPPER,
                 gemm_tiles.sm90_defines(tile, 128, scale_bytes, progressive, torch.float16),
             )
     yield "pack_tokens", HOPPER, {}
-    for n_tokens in (1, 16, 32, 64):
-        tile = gemm_tiles.choose_w4a16_tile(n_tokens)
+    w4a16_tiles = {
+        gemm_tiles.choose_w4a16_tile(n_tokens, n_records): None
+        for n_tokens in (1, 16, 32, 64)
+        for n_records in (0, gemm_tiles.MANY_RECORDS)
+    }
+    for tile in w4a16_tiles:
         name = "sm90_w4a16_gemm" if tile.mma_sync else "sm90_w4a16_batch_gemm"
         yield name, HOPPER, gemm_tiles.sm90_w4a16_defines(tile, 128, 2, torch.float16, torch.float16)
 

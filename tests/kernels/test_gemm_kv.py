@@ -34,18 +34,24 @@ def test_the_twin_codes_each_head_of_the_product():
 @pytest.mark.parametrize("head_dim", FUSED_HEAD_DIMS)
 def test_the_epilogue_compiles_without_spills(head_dim):
     pytest.importorskip("cupy", reason="compiles with NVRTC through CuPy")
-    for n_tokens, progressive in (
-        (1, False),
-        (64, True),
-        (96, False),
-        (147, False),
-        (192, False),
-        (1000, True),
+    for n_tokens, n_panels, progressive, token_base in (
+        (1, 64, False, False),
+        (1, 448, True, False),  # two panels in two teams
+        (1, 448, True, True),
+        (64, 64, True, True),
+        (96, 64, False, False),
+        (147, 64, False, False),
+        (192, 64, False, False),
+        (1000, 64, True, True),
     ):
-        tile = heads_tile(gemm_tiles.choose_tile(n_tokens, 128, progressive, n_panels=64, n_slots=33))
-        defines = gemm_tiles.sm90_defines(tile, 128, 1 if progressive else 2, progressive, torch.bfloat16)
+        tile = gemm_tiles.choose_tile(
+            n_tokens, 128, progressive, token_base=token_base, n_panels=n_panels, n_slots=33
+        )
+        scale_bytes = 1 if progressive else 2
+        defines = gemm_tiles.sm90_defines(heads_tile(tile), 128, scale_bytes, token_base, torch.bfloat16)
         defines |= {"HEAD_DIM": head_dim, "HEAD_HADAMARD": 1}
-        assert compile_for("sm90_w4a4_gemm", "sm_90a", **defines).spill_bytes == 0, n_tokens
+        kernel = compile_for("sm90_w4a4_gemm", "sm_90a", **defines)
+        assert kernel.spill_bytes == 0, (n_tokens, n_panels, progressive, token_base)
 
 
 def test_operands_on_a_cpu_are_refused():
