@@ -15,8 +15,9 @@ from atomq.eval import e2e_bench
 from atomq.eval.attention_bench import layouts
 from atomq.eval.e2e_bench import Ceiling, Footprint, Step, describe_cache
 from atomq.eval.e2e_profile import Span, shares
-from atomq.eval.e2e_trace import Request, run_trace, workload
+from atomq.eval.e2e_trace import COMPILED_TOKENS, Request, run_trace, workload
 from atomq.formats.e2e_plot import draw_throughput
+from atomq.kernels.gemm_tiles import choose_tile
 from atomq.kernels.kv_pages import PageFormat
 from atomq.presets import DEFAULT_PRESET, find_preset
 from atomq.runtime.decoder import Cache
@@ -238,7 +239,25 @@ def test_a_trace_reads_prompts_of_many_lengths_before_its_clock_starts(monkeypat
 
     monkeypatch.setattr(type(decoder), "prefill", watched)
     run_trace(decoder, [Request(20, 2), Request(30, 2), Request(9, 1)], 2)
-    assert read == [8, 16, 24, 32, 40, 48, 50, 9]
+    assert read == [8, 16, 24, 32, 40, 48, 56, 50, 9]
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("name", ["llama-2-7b", "llama-3-8b", "llama-3-70b"])
+def test_prompts_of_all_lengths_are_multiplied_in_tiles_that_were_compiled_before(name, progressive):
+    shape = SHAPES[name]
+    n_query, n_kv = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
+    linears = [(n_query + 2 * n_kv, shape.hidden), (shape.hidden, n_query)]
+    linears += [(2 * shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)]
+
+    def tiles(n_tokens):
+        return {
+            choose_tile(n_tokens, 128, progressive, n_panels=n // 64, n_slots=k // 128 + 1)
+            for n, k in linears
+        }
+
+    compiled = set().union(*map(tiles, COMPILED_TOKENS))
+    assert all(tiles(n_tokens) <= compiled for n_tokens in range(1, 2049))
 
 
 def test_attention_is_timed_for_every_cache_that_a_head_allows():

@@ -24,7 +24,7 @@ from atomq.runtime.generate import Stepper
 
 _SIGMA, _LOCATION, _SCALE = 0.8, -1.0, 18.0  # of the log-normal prompt lengths
 _TOTAL_TOKENS = 2048
-_COMPILED_TOKENS = (*range(8, 256, 8), 256, 512, 1024, 2048)
+COMPILED_TOKENS = (*range(8, 513, 8), 1024, 2048)  # up to 512 a product's tile goes by them
 
 
 @dataclass(frozen=True)
@@ -141,12 +141,14 @@ def run_trace(
 def _compile(decoder: Decoder, cache: Cache, most_tokens: int) -> None:
     """Read prompts of all lengths that choose other kernels: up to `most_tokens` together, in row 0."""
     per_row = cache.table.shape[1] * PAGE_TOKENS
-    for n_tokens in (n for n in _COMPILED_TOKENS if n <= min(most_tokens, per_row)):
-        if cache.n_free < pages_for(n_tokens):
+    for n_tokens in COMPILED_TOKENS:
+        if n_tokens > per_row or cache.n_free < pages_for(n_tokens):
             break
         cache.give(0, n_tokens)
         decoder.prefill([torch.ones(n_tokens, dtype=torch.int64, device=decoder.device)], [0], cache)
         cache.take_back(0)
+        if n_tokens >= most_tokens:
+            break
 
 
 def _percentile_99(values: list[float]) -> float:
