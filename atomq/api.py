@@ -23,6 +23,7 @@ from atomq.eval.verify import Arithmetic, Verification, parse_arithmetic, verify
 from atomq.eval.windows import evaluation_windows
 from atomq.export.folder import check_export, export
 from atomq.formats.calibration import is_calibration
+from atomq.formats.files import check_name
 from atomq.opening import choose_backend, open_model, published_name
 from atomq.pipeline import CalibrationResult, QuantizeResult, choose_device
 from atomq.presets import DEFAULT_PRESET, REFINE_STEPS, build_recipe
@@ -87,6 +88,7 @@ def calibrate(
     for path in (artefact, *([] if plot is None else [Path(plot)])):
         if path.is_dir() or not path.name:
             raise ConfigError(f"{path} is a folder; name a file")
+    check_name(artefact)
     picture = artefact.with_suffix(".png") if plot is None else Path(plot)
     if picture.suffix not in (".png", ".svg"):
         raise ConfigError(f"--plot {picture.name} must end in .png or .svg")

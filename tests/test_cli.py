@@ -896,7 +896,9 @@ def test_a_tensor_of_another_shape_is_refused_by_name(refused, out, reading):
 
 def test_an_impossible_generation_is_refused(refused, made, tmp_path):
     refused("--max-new-tokens 0 must be at least 1", "generate", made, "mix", "--max-new-tokens", 0)
-    refused("--temperature -1 must be at least 0", "generate", made, "mix", "--temperature", -1)
+    for wrong in ("-1", "inf", "nan"):
+        words = f"--temperature {wrong} must be a finite number of at least 0"
+        refused(words, "generate", made, "mix", "--temperature", wrong)
     refused("give a prompt that is not empty", "generate", made, "")
     refused("give a prompt that is not empty", "generate", made)
     (tmp_path / "empty.txt").write_text("\n")
@@ -1339,6 +1341,7 @@ def test_the_command_that_quantize_names_next_works_as_it_stands(run, tiny_dir, 
 def test_a_path_that_safetensors_cannot_open_is_refused(refused, tiny_dir, tmp_path, text_file):
     out = Path(os.fsdecode(os.fsencode(tmp_path) + b"/O\xff"))
     refused("O\\xff is a path that is not UTF-8", *quantize_argv(tiny_dir, out, text_file))
+    refused("O\\xff is a path that is not UTF-8", "calibrate", tiny_dir, "-o", out, "--calib-data", text_file)
 
 
 def test_verify_shows_as_many_linears_as_asked_for(run, refused, made):

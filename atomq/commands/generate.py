@@ -60,7 +60,7 @@ def command(
     if max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens {max_new_tokens} must be at least 1")
     if not 0 <= temperature < float("inf"):
-        raise ConfigError(f"--temperature {temperature:g} must be at least 0 (greedy)")
+        raise ConfigError(f"--temperature {temperature:g} must be a finite number of at least 0 (greedy)")
     if backend not in ("simulation", "kernels"):
         raise ConfigError(f"--backend {backend} is not one of simulation, kernels")
     if not all(stop or []):

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from atomq.errors import StorageError
+from atomq.errors import ConfigError, StorageError
 
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # of file systems that cannot flush a folder
 
@@ -113,6 +113,21 @@ def check_writable(path: Path) -> None:
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         remove_empty(new_folders)
+
+
+def check_name(path: Path) -> None:
+    """Refuse a `path` of tensors that could be written and not be opened again.
+
+    Raises:
+        ConfigError: it is not UTF-8.
+    """
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError as error:
+        shown = os.fsencode(path).decode(errors="backslashreplace")
+        raise ConfigError(
+            f"{shown} is a path that is not UTF-8, which safetensors cannot open; name another place"
+        ) from error
 
 
 def _write_all(descriptor: int, content: memoryview) -> None:

@@ -21,6 +21,7 @@ from atomq.errors import AtomqError, ConfigError, StorageError, UnsupportedModel
 from atomq.formats import journal
 from atomq.formats.checkpoint import INDEX, MANIFEST, has_manifest, open_shard
 from atomq.formats.files import (
+    check_name,
     file_sha256,
     make_folders,
     missing_folders,
@@ -236,13 +237,7 @@ def check_place(out: Path, *, overwrite: bool) -> None:
             or its path is not UTF-8.
         StorageError: a file is where `out` needs a folder.
     """
-    try:
-        str(out.absolute()).encode()
-    except UnicodeEncodeError as error:
-        shown = os.fsencode(out).decode(errors="backslashreplace")
-        raise ConfigError(
-            f"{shown} is a path that is not UTF-8, which safetensors cannot open; name another folder"
-        ) from error
+    check_name(out)
     if not out.exists():
         place = next(place for place in out.absolute().parents if place.exists())
         if not place.is_dir():
