@@ -23,6 +23,7 @@ _WARPS = 4
 _RING_BYTES, _SHORT_RING_BYTES = 9216, 7168  # of a warp's stages: what is on its way while others compute
 _PAGE_STEPS = PAGE_TOKENS // 16  # a warp takes 16 tokens at a time
 _PAGES_OF_SPLIT = 2  # at least, else joining costs more than it gains
+_MAX_SPLITS = 64  # that the kernel joins
 
 
 def append_kv(
@@ -151,7 +152,7 @@ def decode_attention(
         query: [n_sequences, query heads, head_dim] as the projection gives it, before norm and RoPE; tokens
             may lie apart. Query heads are a multiple of the cache's, up to `layout.max_group` times.
         lengths: int32 [n_sequences], tokens in the cache; 0 for an empty slot, which gives 0.
-        n_splits: parts that a sequence's pages are cut into; None to fill the GPU.
+        n_splits: parts that a sequence's pages are cut into, up to 64; None to fill the GPU.
         is_settled: promises that lengths, table and all tokens but each sequence's newest were written before
             a kernel ahead on the stream that begins when all before it have ended, as torch's elementwise
             ones do.
@@ -177,6 +178,10 @@ def decode_attention(
     check_operand(
         "decode_attention", "lengths", lengths, dtype=torch.int32, shape=(n_sequences,), device=device
     )
+    if table.shape[0] < n_sequences:
+        raise KernelError(f"decode_attention: {n_sequences} sequences; the table has {table.shape[0]} rows")
+    if n_splits is not None and not 1 <= n_splits <= _MAX_SPLITS:
+        raise KernelError(f"decode_attention: n_splits {n_splits}; it must lie between 1 and {_MAX_SPLITS}")
     if not pages.is_cuda:
         return kv_reference.decode_attention(query, pages, table, lengths, layout, heads)
     out = torch.empty((n_sequences, n_queries, layout.head_dim), dtype=query.dtype, device=device)
@@ -230,7 +235,7 @@ def decode_attention(
 
 def choose_splits(n_items: int, n_pages: int, n_ctas: int) -> int:
     """Splits of each of `n_items` heads of sequences; the GPU holds `n_ctas` CTAs at a time."""
-    return max(1, min(n_ctas // n_items, n_pages // _PAGES_OF_SPLIT, 64))
+    return max(1, min(n_ctas // n_items, n_pages // _PAGES_OF_SPLIT, _MAX_SPLITS))
 
 
 def append_defines(layout: PageFormat, dtype: torch.dtype) -> dict[str, int | str]:

@@ -299,7 +299,8 @@ def test_operands_that_do_not_fit_are_refused():
 
     def attend(**changes):
         names = ("query", "pages", "table", "lengths", "layout", "heads")
-        decode_attention(**{name: changes.get(name, getattr(sequences, name)) for name in names})
+        operands = {name: getattr(sequences, name) for name in names}
+        decode_attention(**operands | changes)
 
     for call, message in (
         (lambda: append(keys=sequences.keys.double()), "float16, bfloat16 or float32"),
@@ -309,6 +310,9 @@ def test_operands_that_do_not_fit_are_refused():
         (lambda: append(rows=sequences.rows.long()), "rows"),
         (lambda: attend(query=sequences.query[:, :1]), "1 query heads on 2"),
         (lambda: attend(lengths=sequences.lengths[:1]), "lengths"),
+        (lambda: attend(table=sequences.table[:1]), "2 sequences; the table has 1 rows"),
+        (lambda: attend(n_splits=0), "n_splits 0"),
+        (lambda: attend(n_splits=65), "n_splits 65; it must lie between 1 and 64"),
         (lambda: attend(heads=sequences.heads._replace(rotary=sequences.heads.rotary[:10])), "10 positions"),
         (lambda: attend(heads=sequences.heads._replace(key_norm=torch.ones(3))), "key_norm"),
         (lambda: attend(heads=sequences.heads._replace(page_turns=None)), "HeadParameters.of"),
