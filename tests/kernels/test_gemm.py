@@ -373,6 +373,50 @@ def test_powers_of_two_are_bit_exact(engine, mode, tile):
         assert torch.equal(result.double(), expected[:n_tokens])
 
 
+LONG_WALKS = [  # of both teams' kinds; those of more than 128 tokens read their own pieces back
+    Tile(16, 16, 2, 1, 0, 2, has_neighbour=True),
+    Tile(80, 80, 1, 1, 232, 2),
+    Tile(128, 64, 3, 1, 152),
+    Tile(160, 80, 1, 1, 232, 2),
+    Tile(192, 96, 2, 1, 232),
+    Tile(256, 64, 2, 1, 232),
+]
+LONG_INPUTS, LONG_OUTLIERS = 4096, 64
+
+
+def long_size(tile: Tile) -> tuple[int, int]:
+    """Channels and tokens of 20 x 7 tiles, the last ones not full."""
+    return 20 * tile.panels * 64 - 10, 7 * tile.tokens - 5
+
+
+@pytest.mark.parametrize("tile", LONG_WALKS, ids=str)
+def test_a_cta_on_a_long_walk_has_the_end_of_a_tile_a_whole_one_and_the_beginning_of_one(tile):
+    n_slots, n_ctas = LONG_INPUTS // 128 + 1, 132
+    stream = split_tiles(140, n_slots, n_ctas, tile.join_slots)
+    counts = [
+        [sum(tile == own for own, _ in slots) for tile in dict.fromkeys(tile for tile, _ in slots)]
+        for slots in slots_of_ctas(stream, 140, n_slots, n_ctas)
+    ]
+    assert any(len(own) == 3 and own[1] == n_slots and max(own[0], own[2]) < n_slots for own in counts)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", LONG_WALKS, ids=str)
+@pytest.mark.parametrize("progressive", [False, True])
+def test_powers_of_two_are_bit_exact_on_long_walks(progressive, tile):
+    on_gpu(Engine.WGMMA_INT8)
+    n_channels, n_tokens = long_size(tile)
+    options = {"progressive": progressive, "float32_scales": not progressive, "power_of_two": True}
+    cpu = make_weight(n_channels, LONG_INPUTS, LONG_OUTLIERS, 128, **options)
+    inputs = make_inputs(n_tokens, cpu, base_scales=progressive, power_of_two=True)
+    weight, inputs = move(cpu, "cuda"), tuple(x.cuda() for x in inputs)
+    packed, activations = repack_weight(weight), pack_inputs(inputs, weight)
+    expected = plain_product(inputs, weight)
+    for _ in range(3):
+        result = w4a4_gemm(activations, packed, torch.float32, tile=tile)
+        assert torch.equal(result.double(), expected)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("engine", [Engine.WGMMA_INT8, Engine.MMA_INT8])
 @pytest.mark.parametrize("n_tokens", TOKENS)
