@@ -89,13 +89,12 @@ def tiles_table(record: dict[str, Any]) -> str:
     """Microseconds by the tile of before, by the one that is chosen now, and by the fastest of all timed."""
     lines = ["| N x K | scales | M | before | now | fastest timed |", "| --- " * 6 + "|"]
     for cell in record["cells"]:
-        if (cell["tokens"] <= 64 and cell["before"]["tile"] == cell["now"]["tile"]) or cell["now"][
-            "us"
-        ] is None:
+        before, now = cell["before"], cell["now"]
+        if now["us"] is None or (cell["tokens"] <= 64 and before["tile"] == now["tile"]):
             continue
         scales = "progressive" if "progressive" in cell["mode"] else "exact"
         fastest = min(cell["candidates"], key=lambda candidate: float(candidate["us"]))
-        shown = " | ".join(f"{x['us']:.1f} ({x['tile']})" for x in (cell["before"], cell["now"], fastest))
+        shown = " | ".join(f"{x['us']:.1f} ({x['tile']})" for x in (before, now, fastest))
         lines.append(f"| {cell['n']}x{cell['k']} | {scales} | {cell['tokens']} | {shown} |")
     return "\n".join(lines)
 

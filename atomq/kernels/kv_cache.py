@@ -155,8 +155,7 @@ def decode_attention(
         n_splits: parts that a sequence's pages are cut into, up to 64; None to fill the GPU.
         is_settled: promises that lengths, table and all tokens but each sequence's newest were written before
             a kernel ahead on the stream that begins when all before it have ended, as torch's elementwise
-            ones do.
-            Pages without a newest token are then asked for while kernels behind that one still run.
+            ones do. Pages without a newest token are then asked for while kernels behind that one still run.
 
     Returns:
         [n_sequences, query heads, head_dim] in the query's dtype, contiguous, bit-equal from run to run.
